@@ -1,0 +1,1 @@
+"""Stage 3: judge the pruned model against its parent."""

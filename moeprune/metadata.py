@@ -1,0 +1,231 @@
+"""Results as JSON files: written whole or not at all, readable by a person, and able to say what they were made from.
+
+Legend of the array suffixes: D calibration domains, S slices of each domain's samples, E experts of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprune import VERSION
+from moeprune.errors import InputError
+
+SCHEMA_VERSION = "1.0"
+Array = NDArray[np.float64]
+
+# What is summed per block, domain and expert. g gate value, f expert output, p router probability, x layer input;
+# the sums run over the tokens routed to the expert, the last two over all tokens.
+STATISTICS = {
+    "count": "1",
+    "gate_sum": "g",
+    "gate_sq_sum": "g^2",
+    "norm_sum": "|f|",
+    "norm_sq_sum": "|f|^2",
+    "gate_norm_sum": "g |f|",
+    "gate_norm_sq_sum": "(g |f|)^2",
+    "max_abs": "largest |component of f| (a maximum, not a sum)",
+    "full_sum": "p |f| over all tokens (mode full)",
+    "router_sum": "p |x| over all tokens (mode router)",
+}
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """What the experts of one block did on the calibration data."""
+
+    block: str  # the block's name on disk, such as model.layers.7
+    experts: int
+    tokens_D: Array  # tokens that passed the block
+    values: Mapping[str, Array]  # statistic -> [D, E]; only the statistics that the scoring mode measures
+    slices: Mapping[str, Array]  # count and gate_norm_sum -> [D, S, E]: the same sums by slice of the samples
+    gram_EDD: Array | None = None  # inner products between the domains' sums of output vectors, for ean_ca
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The whole outcome of scoring: enough for every metric, ratio and blend of domains."""
+
+    mode: str
+    domains: tuple[str, ...]
+    blocks: tuple[BlockSums, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers, one entry per block."""
+        return {
+            "mode": self.mode,
+            "domains": list(self.domains),
+            "statistics": STATISTICS,
+            "blocks": [_block_to_json(block, self.domains) for block in self.blocks],
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Sums:
+        """The inverse of `to_json`."""
+        domains = tuple(data["domains"])
+        return Sums(data["mode"], domains, tuple(_block_from_json(entry, domains) for entry in data["blocks"]))
+
+
+def _block_to_json(block: BlockSums, domains: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "block": block.block,
+        "experts": block.experts,
+        "tokens": {name: float(block.tokens_D[d]) for d, name in enumerate(domains)},
+        "sums": {
+            name: {statistic: array_DE[d].tolist() for statistic, array_DE in block.values.items()}
+            for d, name in enumerate(domains)
+        },
+        "slices": {
+            name: {statistic: array_DSE[d].tolist() for statistic, array_DSE in block.slices.items()}
+            for d, name in enumerate(domains)
+        },
+        "gram": None if block.gram_EDD is None else block.gram_EDD.tolist(),
+    }
+
+
+def _block_from_json(entry: Mapping[str, Any], domains: tuple[str, ...]) -> BlockSums:
+    def stacked(key: str) -> dict[str, Array]:
+        per_domain = [entry[key][name] for name in domains]
+        return {name: np.array([d[name] for d in per_domain], dtype=np.float64) for name in per_domain[0]}
+
+    gram = entry.get("gram")
+    return BlockSums(
+        block=entry["block"],
+        experts=entry["experts"],
+        tokens_D=np.array([entry["tokens"][name] for name in domains], dtype=np.float64),
+        values=stacked("sums"),
+        slices=stacked("slices"),
+        gram_EDD=None if gram is None else np.array(gram, dtype=np.float64),
+    )
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write beside, sync, rename: the file is there whole or not at all. NaN and infinity are refused."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(to_text(data) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def to_text(value: Any, indent: str = "") -> str:
+    """Indented JSON in which a list of numbers or words takes one line, so that a person can read it."""
+    inner = indent + "  "
+    if isinstance(value, Mapping) and value:
+        rows = [f"{inner}{json.dumps(str(key))}: {to_text(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        return "[\n" + ",\n".join(inner + to_text(item, inner) for item in value) + f"\n{indent}]"
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
+        return "[" + ", ".join(to_text(item) for item in value) + "]"
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file, or one clear line about why not. `what` names the file for a person."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{what} not found at {path}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{what} at {path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{what} at {path} must be a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def read_result(path: Path, kind: str) -> dict[str, Any]:
+    """A result of an earlier stage, checked for its kind and schema version."""
+    data = read_json(path, kind)
+    if data.get("kind") != kind:
+        raise InputError(f"{path} is not a {kind} file")
+    if str(data.get("schema_version", "")).split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise InputError(f"{path} has schema version {data.get('schema_version')}; this tool reads {SCHEMA_VERSION}")
+    return data
+
+
+def is_current(path: Path, kind: str, fingerprint: str) -> bool:
+    """Whether the result at `path` was made from exactly these inputs."""
+    if not path.exists():
+        return False
+    try:
+        return bool(read_result(path, kind).get("inputs", {}).get("fingerprint") == fingerprint)
+    except InputError:
+        return False
+
+
+def digest(*parts: bytes | str | Path) -> str:
+    """SHA-256 over the parts; a Path stands for the content of its file."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+        else:
+            content = hashlib.sha256(part.encode() if isinstance(part, str) else part).digest()
+        total.update(content)
+    return total.hexdigest()
+
+
+def header(kind: str, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """What every result starts with: kind, time, tool and environment. Packages are given by their import names."""
+    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in packages}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "tool": {"name": "moeprune", "version": VERSION, "git_commit": _git_commit()},
+        "environment": {
+            "python": platform.python_version(),
+            "platform": f"{sys.platform}/{platform.machine()}",
+            **{name: version for name, version in loaded.items() if version},
+        },
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON knows them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,1 @@
+"""Stage 2: write the smaller checkpoint as bytes, then check it independently."""

@@ -1,0 +1,1 @@
+"""Stage 1: run the model one layer at a time and sum what each expert did."""

@@ -1,0 +1,215 @@
+"""Every setting once. A flag beats the environment, which beats `.env`, which beats the default; the origin is kept.
+
+To add a setting, add a field to `Settings`. Flags, environment names, `--help`, `.env.example`, the compose file and the
+README table follow from it or are tested against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+
+from moeprune.errors import UsageError
+
+STAGES = {
+    "reap": "Score the experts of a model on calibration data.",
+    "prune": "Write the smaller model from the scores.",
+    "test": "Generate with the pruned model and judge it against its parent.",
+}
+
+
+def ratio(text: str) -> float:
+    """A share of at least 0 and below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError("must be at least 0 and below 1")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError("must be 1 or more")
+    return value
+
+
+def amount(text: str) -> int:
+    """A number of bytes: 24GB, 500MB, 16GiB, 1000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
+    if match is None:
+        raise ValueError("write a size such as 24GB or 16GiB")
+    power = " kMGT".index(match[2] or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def switch(text: str) -> bool:
+    """true or false, also as 1/0, yes/no, on/off."""
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in known:
+        raise ValueError("write true or false")
+    return known[text.lower()]
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of the given words."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return text
+
+    parse.__doc__ = " | ".join(names)
+    return parse
+
+
+def setting(default: Any, parse: Callable[[str], Any], stages: str, text: str, env: str = "", secret: bool = False) -> Any:
+    """A field of `Settings`: default, parser, the stages that have the flag, one line of help."""
+    metadata = {"parse": parse, "stages": frozenset(stages.split()), "help": text, "env": env, "secret": secret}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The resolved settings of one run."""
+
+    model_path: str = setting("", str, "reap prune test", "folder with the checkpoint, or a hub id")
+    output_path: Path = setting(Path("output"), Path, "reap prune test", "folder for every result")
+    pruned_output_path: str = setting(
+        "", str, "prune test", "folder of the pruned model; empty: a name from model and count, in the output folder"
+    )
+    hf_token: str = setting("", str, "reap prune test", "hub access token", env="HF_TOKEN", secret=True)
+    trust_remote_code: bool = setting(False, switch, "reap test", "run model code that comes with the checkpoint")
+    device: str = setting("auto", one_of("auto", "cpu", "cuda", "mps"), "reap test", "where to compute: auto | cpu | cuda")
+    dtype: str = setting(
+        "auto", one_of("auto", "float32", "bfloat16", "float16"), "reap test", "compute in this type; auto: the checkpoint's"
+    )
+    seed: int = setting(42, int, "reap prune test", "seed of every random choice")
+    force: bool = setting(False, switch, "reap prune test", "do it again although the result is current")
+    runtime: str = setting("auto", one_of("auto", "docker", "native"), "run", "where stages run: auto | docker | native")
+
+    calibration_path: str = setting("", str, "reap", "calibration data: file, folder or data set; empty: the built-in set")
+    max_samples: int = setting(512, positive, "reap", "calibration samples to use at most")
+    max_seq_len: int = setting(2048, positive, "reap test", "tokens in a sequence at most")
+    batch_size: int = setting(8, positive, "reap test", "sequences that run together")
+    scoring_mode: str = setting(
+        "routed", one_of("routed", "full", "router"), "reap", "what is measured: routed (REAP) | full | router"
+    )
+    hidden_memory: int = setting(
+        8_000_000_000, amount, "reap", "memory for hidden states; what is beyond it goes to the disk"
+    )
+
+    prune_ratio: float = setting(0.5, ratio, "reap prune", "share of the experts to remove in each layer")
+    keep: int = setting(0, int, "prune", "experts to keep in each layer; beats the ratio; 0: unset")
+    target_size: int = setting(0, amount, "prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset")
+    metric: str = setting("auto", str, "prune", "how experts are ranked; auto follows the scoring mode")
+    dry_run: bool = setting(False, switch, "prune", "say what would happen and write nothing")
+
+    evaluation_path: str = setting("", str, "test", "held-out data to judge on; empty: the built-in set")
+
+    origin: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def public(self) -> dict[str, dict[str, Any]]:
+        """Values and origins for a result's JSON, without secrets."""
+        shown = [f for f in FIELDS if not f.metadata["secret"]]
+        return {
+            "values": {f.name: _plain(getattr(self, f.name)) for f in shown},
+            "origin": {f.name: self.origin.get(f.name, "default") for f in shown},
+        }
+
+
+FIELDS = [f for f in dataclasses.fields(Settings) if f.metadata]
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def env_name(f: dataclasses.Field[Any]) -> str:
+    """The name of a setting in the environment and in `.env`."""
+    return f.metadata["env"] or "REAP_" + f.name.upper()
+
+
+def flag_name(f: dataclasses.Field[Any]) -> str:
+    """The name of a setting on the command line."""
+    return "--" + f.name.replace("_", "-")
+
+
+# A shell, `docker run --env-file`, compose and python-dotenv disagree about quotes, inline comments, spaces and $.
+# This is the part of the syntax that all four read the same way.
+DOTENV_LINE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\s\"'$`\\#]*")
+
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """The names and values of an `.env` file; a line that programs would read differently is refused."""
+    if not path.exists():
+        return {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip() and not line.startswith("#") and not DOTENV_LINE.fullmatch(line):
+            raise UsageError(f"{path}:{number}: write NAME=value, without quotes, spaces, $ or a comment behind it")
+    return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
+
+
+def resolve(
+    stage: str, argv: Sequence[str], environ: Mapping[str, str] | None = None, dotenv: Path = Path(".env")
+) -> Settings:
+    """The settings of one run of `stage`, each from the strongest place that names it."""
+    environ = os.environ if environ is None else environ
+    flags = vars(parser(stage).parse_args(argv))
+    from_file = read_dotenv(dotenv)
+    _refuse_unknown(environ, "the environment")
+    _refuse_unknown(from_file, str(dotenv))
+    chosen: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for f in FIELDS:
+        name = env_name(f)
+        places = (
+            (flags.get(f.name), flag_name(f)),
+            (environ.get(name) or None, f"environment {name}"),  # empty means unset
+            (from_file.get(name) or None, f"{dotenv} {name}"),
+        )
+        for text, place in places:
+            if text is not None:
+                chosen[f.name], origin[f.name] = _parse(f, text, place), place
+                break
+    return Settings(**chosen, origin=origin)
+
+
+def parser(stage: str) -> argparse.ArgumentParser:
+    """The command line of one stage, made from the table."""
+    made = argparse.ArgumentParser(description=STAGES[stage], allow_abbrev=False)
+    for f in FIELDS:
+        if stage in f.metadata["stages"] and not f.metadata["secret"]:
+            default = _plain(f.default) if f.default != "" else "none"
+            text = f"{f.metadata['help']} [{env_name(f)}, default {default}]".replace("%", "%%")
+            # SUPPRESS: a flag that was not typed is absent, so that false, 0 and "" can be said.
+            options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text, "metavar": "X"}
+            if f.metadata["parse"] is switch:
+                options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+            made.add_argument(flag_name(f), **options)
+    return made
+
+
+def _parse(f: dataclasses.Field[Any], text: str, place: str) -> Any:
+    try:
+        return f.metadata["parse"](text)
+    except ValueError as error:
+        shown = "(hidden)" if f.metadata["secret"] else repr(text)
+        raise UsageError(f"{place}: {shown}: {error}") from None
+
+
+def _refuse_unknown(names: Mapping[str, str], where: str) -> None:
+    known = {env_name(f) for f in FIELDS}
+    for name in sorted(n for n in names if n.startswith("REAP_") and n not in known):
+        guess = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {guess[0]}?" if guess else "see .env.example for the names"
+        raise UsageError(f"{name} in {where} is not a setting; {hint}")
