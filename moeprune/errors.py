@@ -58,9 +58,10 @@ def run(stage: Callable[[list[str]], None]) -> NoReturn:
         sys.stdout.flush()
         code = 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; flushing at exit must not fail
+        # The reader left; flushing at exit must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (Exception, KeyboardInterrupt, Interrupted) as error:
+    except (Exception, KeyboardInterrupt, Interrupted) as error:  # noqa: BLE001 - the one place that catches all
         code = _report(error)
     sys.exit(code)
 
@@ -89,7 +90,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"out of memory: {error}; lower REAP_BATCH_SIZE or REAP_MAX_SEQ_LEN", MachineError.exit_code
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         where = f" at {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}; free some space and run the same command again", MachineError.exit_code
+        return (
+            f"no space left on the disk{where}; free some space and run the same command again",
+            MachineError.exit_code,
+        )
     if isinstance(error, PermissionError):
         return f"not permitted: {error.filename}; check who owns it", MachineError.exit_code
     return f"{type(error).__name__}: {error}; this is a bug in moeprune, please report it with the lines above", 1

@@ -1,7 +1,7 @@
 """Every setting once. A flag beats the environment, which beats `.env`, which beats the default; the origin is kept.
 
-To add a setting, add a field to `Settings`. Flags, environment names, `--help`, `.env.example`, the compose file and the
-README table follow from it or are tested against it.
+To add a setting, add a field to `Settings`. Flags, environment names and `--help` follow from it; `.env.example`, the
+compose file and the README table are tested against it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
-def setting(default: Any, parse: Callable[[str], Any], stages: str, text: str, env: str = "", secret: bool = False) -> Any:
+def setting(
+    default: Any, parse: Callable[[str], Any], stages: str, text: str, env: str = "", secret: bool = False
+) -> Any:
     """A field of `Settings`: default, parser, the stages that have the flag, one line of help."""
     metadata = {"parse": parse, "stages": frozenset(stages.split()), "help": text, "env": env, "secret": secret}
     return field(default=default, metadata=metadata)
@@ -89,15 +91,24 @@ class Settings:
     )
     hf_token: str = setting("", str, "reap prune test", "hub access token", env="HF_TOKEN", secret=True)
     trust_remote_code: bool = setting(False, switch, "reap test", "run model code that comes with the checkpoint")
-    device: str = setting("auto", one_of("auto", "cpu", "cuda", "mps"), "reap test", "where to compute: auto | cpu | cuda")
+    device: str = setting(
+        "auto", one_of("auto", "cpu", "cuda", "mps"), "reap test", "where to compute: auto | cpu | cuda"
+    )
     dtype: str = setting(
-        "auto", one_of("auto", "float32", "bfloat16", "float16"), "reap test", "compute in this type; auto: the checkpoint's"
+        "auto",
+        one_of("auto", "float32", "bfloat16", "float16"),
+        "reap test",
+        "compute in this type; auto: the checkpoint's",
     )
     seed: int = setting(42, int, "reap prune test", "seed of every random choice")
     force: bool = setting(False, switch, "reap prune test", "do it again although the result is current")
-    runtime: str = setting("auto", one_of("auto", "docker", "native"), "run", "where stages run: auto | docker | native")
+    runtime: str = setting(
+        "auto", one_of("auto", "docker", "native"), "run", "where stages run: auto | docker | native"
+    )
 
-    calibration_path: str = setting("", str, "reap", "calibration data: file, folder or data set; empty: the built-in set")
+    calibration_path: str = setting(
+        "", str, "reap", "calibration data: file, folder or data set; empty: the built-in set"
+    )
     max_samples: int = setting(512, positive, "reap", "calibration samples to use at most")
     max_seq_len: int = setting(2048, positive, "reap test", "tokens in a sequence at most")
     batch_size: int = setting(8, positive, "reap test", "sequences that run together")
@@ -110,7 +121,9 @@ class Settings:
 
     prune_ratio: float = setting(0.5, ratio, "reap prune", "share of the experts to remove in each layer")
     keep: int = setting(0, int, "prune", "experts to keep in each layer; beats the ratio; 0: unset")
-    target_size: int = setting(0, amount, "prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset")
+    target_size: int = setting(
+        0, amount, "prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset"
+    )
     metric: str = setting("auto", str, "prune", "how experts are ranked; auto follows the scoring mode")
     dry_run: bool = setting(False, switch, "prune", "say what would happen and write nothing")
 
