@@ -124,7 +124,17 @@ class Settings:
     target_size: int = setting(
         0, amount, "prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset"
     )
-    metric: str = setting("auto", str, "prune", "how experts are ranked; auto follows the scoring mode")
+    metric: str = setting("auto", str, "reap prune", "how experts are ranked; auto follows the scoring mode")
+    blend: str = setting(
+        "auto",
+        one_of("auto", "pooled", "weighted", "shares", "maxmin"),
+        "reap prune",
+        "how calibration domains are blended: auto | pooled | weighted | shares | maxmin",
+    )
+    weights: str = setting("", str, "reap prune", "weights of domains, such as code=2,chat=1; others weigh 1")
+    protect: str = setting(
+        "none", one_of("none", "super", "outliers"), "reap prune", "experts never removed: none | super | outliers"
+    )
     dry_run: bool = setting(False, switch, "prune", "say what would happen and write nothing")
 
     evaluation_path: str = setting("", str, "test", "held-out data to judge on; empty: the built-in set")

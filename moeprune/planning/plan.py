@@ -1,0 +1,167 @@
+"""Scores and limits -> which experts stay. Every block keeps the same number, as serving engines want it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from moeprune.errors import UsageError
+from moeprune.metadata import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the router of the model demands of the number of experts."""
+
+    experts: int
+    top_k: int
+    groups: int = 1
+    top_groups: int = 1
+
+    @property
+    def smallest(self) -> int:
+        """The smallest count that the router can work with."""
+        return next(count for count in range(1, self.experts + 1) if not self.objection(count))
+
+    def objection(self, count: int) -> str:
+        """Why this many experts cannot stay, or nothing."""
+        if count == self.experts:
+            return ""
+        if not 1 <= count <= self.experts:
+            return f"there are {self.experts} experts in a layer"
+        if count < self.top_k:
+            return f"the router chooses {self.top_k} experts for each token"
+        if self.groups <= 1:
+            return ""
+        if count % self.groups:
+            return f"the router works on {self.groups} groups of the same size"
+        if count // self.groups < 2:
+            return f"the router ranks {self.groups} groups by their two best experts"
+        if self.top_groups * (count // self.groups) < self.top_k:
+            return (
+                f"{self.top_groups} groups of {count // self.groups} are fewer than the {self.top_k} experts per token"
+            )
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The experts that stay, ascending, by block; and the blocks whose list no score decided."""
+
+    count: int
+    experts: int
+    keep: dict[str, tuple[int, ...]]
+    unscored: tuple[str, ...] = ()
+    protected: Mapping[str, tuple[int, ...]] | None = None
+
+
+def keep_count(
+    limits: Limits,
+    *,
+    ratio: float = 0.0,
+    keep: int = 0,
+    target_bytes: int = 0,
+    fixed_bytes: int = 0,
+    bytes_per_expert: int = 0,
+) -> int:
+    """How many experts of each layer stay.
+
+    `keep` is taken as it is. A target size gives the largest count whose size, fixed_bytes + count * bytes_per_expert
+    (one expert of every layer together), is not above it. A ratio removes floor(experts * ratio), computed exactly:
+    100 experts at 0.29 lose 29. Where the router's groups do not allow the count, a ratio takes the next larger one and
+    a target size the next smaller one, so that neither promise is broken.
+    """
+    if keep and target_bytes:
+        raise UsageError("keep and target size were both given; give one of them")
+    if keep:
+        check_count(keep, limits)
+        return keep
+    if target_bytes:
+        return _count_for_size(limits, target_bytes, fixed_bytes, bytes_per_expert)
+    start = limits.experts - exact(ratio) * limits.experts // 1
+    if start < limits.top_k:
+        check_count(start, limits)
+    return next(count for count in range(start, limits.experts + 1) if not limits.objection(count))
+
+
+def exact(ratio: float) -> Fraction:
+    """The ratio that was meant: 0.29 is 29/100 and 0.3333333333333333 is 1/3, not the float beside them."""
+    return Fraction(ratio).limit_denominator(1_000_000)
+
+
+def _count_for_size(limits: Limits, target: int, fixed: int, per_expert: int) -> int:
+    affordable = min((target - fixed) // per_expert if per_expert else limits.experts, limits.experts)
+    for count in range(affordable, 0, -1):
+        if not limits.objection(count):
+            return count
+    least = limits.smallest
+    raise UsageError(
+        f"target size {target} bytes cannot be reached: the smallest possible, {least} of {limits.experts} experts in "
+        f"each layer, takes {fixed + least * per_expert} bytes"
+    )
+
+
+def check_count(count: int, limits: Limits) -> None:
+    """Refuse a count that the model's router cannot work with, and name the nearest that it can."""
+    objection = limits.objection(count)
+    if not objection:
+        return
+    possible = [c for c in range(1, limits.experts + 1) if not limits.objection(c)]
+    near = sorted(sorted(possible, key=lambda c: abs(c - count))[:2])
+    raise UsageError(f"{count} experts cannot stay: {objection}; possible nearby: {', '.join(map(str, near))}")
+
+
+def make_plan(
+    scores: Mapping[str, Array],
+    count: int,
+    limits: Limits,
+    protected: Mapping[str, Collection[int]] | None = None,
+    unscored: Mapping[str, int] | None = None,
+) -> Plan:
+    """Keep the `count` best experts of every block: the same number from each group, ties to the lower index.
+
+    `unscored` names blocks that were not run (next-token-prediction heads, mostly) with their number of experts. They
+    keep evenly spaced experts of each group: nothing is known of them, and the trunk checks what they draft anyway.
+    """
+    check_count(count, limits)
+    protected = protected or {}
+    keep = {
+        block: _best(block, score_E, count, limits.groups, frozenset(protected.get(block, ())))
+        for block, score_E in scores.items()
+    }
+    blind = {block: experts for block, experts in (unscored or {}).items() if block not in scores}
+    keep |= {block: _evenly_spaced(block, experts, count, limits.groups) for block, experts in blind.items()}
+    shown = {block: tuple(sorted(ids)) for block, ids in protected.items() if ids}
+    return Plan(count, limits.experts, keep, tuple(blind), shown)
+
+
+def _best(block: str, score_E: Array, count: int, groups: int, protected: frozenset[int]) -> tuple[int, ...]:
+    experts = len(score_E)
+    if not np.isfinite(score_E).all():
+        raise UsageError(f"block {block} has a score that is not a finite number; score the model again")
+    size, quota = _group_sizes(block, experts, count, groups)
+    kept: list[int] = []
+    for start in range(0, experts, size):
+        members = range(start, start + size)
+        guarded = sum(j in protected for j in members)
+        if guarded > quota:
+            where = f"group {start // size} of block {block}" if groups > 1 else f"block {block}"
+            raise UsageError(
+                f"{guarded} experts are protected in {where} but only {quota} may stay; keep more or protect fewer"
+            )
+        kept += sorted(members, key=lambda j: (j not in protected, -score_E[j], j))[:quota]
+    return tuple(sorted(kept))
+
+
+def _evenly_spaced(block: str, experts: int, count: int, groups: int) -> tuple[int, ...]:
+    size, quota = _group_sizes(block, experts, count, groups)
+    return tuple(start + i * size // quota for start in range(0, experts, size) for i in range(quota))
+
+
+def _group_sizes(block: str, experts: int, count: int, groups: int) -> tuple[int, int]:
+    if count > experts or experts % groups:
+        raise UsageError(f"block {block} has {experts} experts in {groups} groups; {count} cannot stay in it")
+    return experts // groups, count // groups
