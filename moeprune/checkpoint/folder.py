@@ -1,0 +1,239 @@
+"""Open a checkpoint folder: config, headers, index and side files. Nothing in it is believed before it is checked.
+
+A folder from the hub is somebody else's work. A file that is cut short, an index that names files elsewhere, a link
+that leaves the folder: each ends in one line, before a byte of weights is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from moeprune.checkpoint.headers import Tensor, read_header
+from moeprune.console import warn
+from moeprune.errors import InputError, MachineError
+from moeprune.metadata import digest, read_json
+
+__all__ = ["Checkpoint", "Tensor", "fingerprint", "locate_model", "open_checkpoint"]
+
+INDEX = "model.safetensors.index.json"
+# Second copies of the weights in another container. They would still hold every expert, so they never go along.
+OTHER_WEIGHTS = re.compile(
+    r"(^|/)(original|metal|onnx|openvino)/"
+    r"|(^|/)(pytorch_model|tf_model|flax_model|consolidated|rust_model)[^/]*$"
+    r"|\.(pth|pt|ckpt|h5|msgpack|onnx|onnx_data|ot|gguf|tflite|nemo)$"
+)
+SAMPLE_BYTES = 65_536  # of weights per shard that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk whose every tensor has been located; `tensors` includes those of files outside the index."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    shards: tuple[Path, ...]
+    shard_metadata: Mapping[Path, Mapping[str, str]]
+    index: dict[str, Any] | None
+    side_files: tuple[Path, ...]  # relative to the folder; whatever is not weights
+    other_weights: tuple[Path, ...] = ()  # relative too; second copies of the weights, to be left behind
+
+    @property
+    def total_bytes(self) -> int:
+        """What all tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def read_bytes(self, name: str) -> bytes:
+        """The bytes of one tensor."""
+        tensor = self.tensors[name]
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            data = file.read(tensor.nbytes)
+        if len(data) != tensor.nbytes:
+            raise InputError(f"{tensor.file} became shorter while it was read; nobody may write to the model meanwhile")
+        return data
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read every header of the checkpoint in `folder`; anything damaged or hostile is an InputError."""
+    if not folder.is_dir():
+        raise InputError(f"no model folder at {folder}")
+    root = folder.resolve()
+    files = sorted(_files(root, root))
+    config = read_json(root / "config.json", "the model's config.json")
+    index = read_json(root / INDEX, "the index of the shards") if Path(INDEX) in files else None
+    shards = _shards(root, files, index)
+    headers = {shard: read_header(shard) for shard in shards}
+    tensors = _merged({shard: header[0] for shard, header in headers.items()})
+    if index is not None:
+        _check_index(root, index, tensors)
+    taken = {shard.relative_to(root) for shard in shards} | {Path(INDEX)}
+    rest = [file for file in files if file not in taken]
+    return Checkpoint(
+        folder=root,
+        config=config,
+        tensors=tensors,
+        shards=shards,
+        shard_metadata={shard: header[1] for shard, header in headers.items()},
+        index=index,
+        side_files=tuple(file for file in rest if not OTHER_WEIGHTS.search(file.as_posix())),
+        other_weights=tuple(file for file in rest if OTHER_WEIGHTS.search(file.as_posix())),
+    )
+
+
+def _files(root: Path, folder: Path) -> Iterator[Path]:
+    """Every regular file, relative to root. Folders whose name starts with a dot belong to git or a downloader."""
+    for entry in os.scandir(folder):
+        path = Path(entry.path)
+        if entry.is_symlink():
+            _check_link(root, path)
+        kind = path.stat().st_mode
+        if stat.S_ISREG(kind):
+            yield path.relative_to(root)
+        elif not stat.S_ISDIR(kind):
+            raise InputError(f"{path} is neither a file nor a folder; remove it from the model folder")
+        elif not entry.name.startswith("."):
+            yield from _files(root, path)
+
+
+def _check_link(root: Path, path: Path) -> None:
+    """A link may lead to a file of the same folder, or into the blobs of the hub cache that the folder lies in."""
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise InputError(f"{path} is a link that leads nowhere; fetch the file again") from None
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if target.is_dir() or not any(target.is_relative_to(place) for place in allowed):
+        raise InputError(f"{path} is a link that leaves the model folder (to {target}); put the file itself there")
+
+
+def _shards(root: Path, files: list[Path], index: Mapping[str, Any] | None) -> tuple[Path, ...]:
+    """The safetensors files of the top folder: those of the index first, then sidecars that no index names."""
+    here = [file for file in files if file.suffix == ".safetensors" and len(file.parts) == 1]
+    copies = {file for file in here if file.name.startswith("consolidated")}
+    if len(copies) < len(here):  # a second copy in the vendor's own naming; of use only when it is the only one
+        here = [file for file in here if file not in copies]
+    named = _named_by(index) if index is not None else []
+    missing = [name for name in named if Path(name) not in files]
+    if missing:
+        raise InputError(
+            f"{root}: {len(missing)} shard(s) of the index are missing, first {missing[0]}; fetch them again"
+        )
+    if not here:
+        raise InputError(f"{root} holds no *.safetensors file; save the model with save_pretrained first")
+    return tuple(root / name for name in dict.fromkeys([*named, *(file.name for file in here)]))
+
+
+def _named_by(index: Mapping[str, Any]) -> list[str]:
+    """The shards that the index names, each a plain file name."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{INDEX} must hold a weight_map from tensor names to file names; it is damaged")
+    for name in set(weight_map.values()):
+        if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise InputError(f"{INDEX} names {name!r}, which is not a safetensors file of this folder; do not trust it")
+    return sorted(set(weight_map.values()))
+
+
+def _merged(headers: Mapping[Path, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors under their names; one name in two files would leave open which is meant."""
+    tensors: dict[str, Tensor] = {}
+    for shard, header in headers.items():
+        for name, tensor in header.items():
+            if name in tensors:
+                raise InputError(
+                    f"tensor {name} lies in {tensors[name].file.name} and in {shard.name}; remove the stale file"
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def _check_index(root: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Each entry of the index must be where it says."""
+    for name, shard in index["weight_map"].items():
+        if name not in tensors:
+            raise InputError(f"{root}: the index lists {name} in {shard}, but it is not there; fetch the shard again")
+        if tensors[name].file.name != shard:
+            raise InputError(f"{root}: the index lists {name} in {shard}, but it lies in {tensors[name].file.name}")
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of config, names, shapes, places and a sample of each shard's weights; reads little of a large model."""
+    places = [f"{t.name} {t.dtype} {t.shape} {t.file.name} {t.start}" for _, t in sorted(checkpoint.tensors.items())]
+    return digest(json.dumps(checkpoint.config), "\n".join(places), *(_sample(shard) for shard in checkpoint.shards))
+
+
+def _sample(shard: Path) -> bytes:
+    """Sixteen short pieces, evenly spread over a file."""
+    size, pieces = shard.stat().st_size, []
+    with shard.open("rb") as file:
+        for step in range(16):
+            file.seek(size * step // 16)
+            pieces.append(file.read(SAMPLE_BYTES // 16))
+    return b"".join(pieces)
+
+
+def locate_model(model: str, token: str = "") -> Path:
+    """The folder of a model: a local path, else a hub id that is downloaded (or found in the hub's cache)."""
+    if not model:
+        raise InputError("no model given; pass --model-path or set REAP_MODEL_PATH to a folder or a hub id")
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model) or model.startswith("."):
+        raise InputError(f"no model at {model}; give a folder that exists, or a hub id such as Qwen/Qwen3-30B-A3B")
+    return _download(*model.partition("@")[::2], token)
+
+
+def _download(repo: str, revision: str, token: str) -> Path:
+    """Fetch a model from the hub, without second copies of its weights."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError:
+        raise MachineError(
+            f"huggingface_hub is not installed, so {repo} cannot be fetched; install it or give a folder"
+        ) from None
+    skip = [
+        "original/*",
+        "metal/*",
+        "onnx/*",
+        "openvino/*",
+        "*.bin",
+        "*.pth",
+        "*.h5",
+        "*.msgpack",
+        "*.gguf",
+        "consolidated*",
+    ]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, token=token or None, ignore_patterns=skip))
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"the hub knows no model {repo} (or it is private: set HF_TOKEN); a local folder works too"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise MachineError(
+            f"{repo} is neither a folder here nor in the hub's cache, and the hub cannot be reached"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise MachineError(
+            f"the hub did not deliver {repo}: {str(error).splitlines()[0]}; try again or give a folder"
+        ) from None
+
+
+def warn_of_other_weights(checkpoint: Checkpoint) -> None:
+    """Say which files are left behind because they hold the unpruned weights once more."""
+    if checkpoint.other_weights:
+        names = ", ".join(file.as_posix() for file in checkpoint.other_weights[:3])
+        more = f" and {len(checkpoint.other_weights) - 3} more" if len(checkpoint.other_weights) > 3 else ""
+        warn(f"left behind, because they hold the weights of all experts once more: {names}{more}")
