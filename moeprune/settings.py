@@ -138,6 +138,14 @@ class Settings:
     dry_run: bool = setting(False, switch, "prune", "say what would happen and write nothing")
 
     evaluation_path: str = setting("", str, "test", "held-out data to judge on; empty: the built-in set")
+    evaluation_samples: int = setting(512, positive, "test", "held-out samples to compare the two models on at most")
+    generations: int = setting(800, positive, "test", "prompts to continue at most; fewer than 750 hide doubled loop rates")
+    max_new_tokens: int = setting(96, positive, "test", "tokens to generate for a prompt at most")
+    max_kl: float = setting(0.8, float, "test", "fail above this mean KL divergence to the parent, nats per token")
+    max_loss_increase: float = setting(1.0, float, "test", "fail above this increase of the loss, nats per token")
+    min_same_top: float = setting(0.5, float, "test", "fail below this share of tokens with the parent's most likely one")
+    max_broken: float = setting(0.2, float, "test", "fail when this share of texts is broken beyond the parent's share")
+    judge_memory: int = setting(0, amount, "test", "memory for loaded models; beyond it they are streamed; 0: what is free")
 
     origin: Mapping[str, str] = field(default_factory=dict, compare=False)
 
