@@ -102,13 +102,24 @@ class Settings:
     )
     seed: int = setting(42, int, "reap prune test", "seed of every random choice")
     force: bool = setting(False, switch, "reap prune test", "do it again although the result is current")
-    runtime: str = setting(
-        "auto", one_of("auto", "docker", "native"), "run", "where stages run: auto | docker | native"
-    )
+    runtime: str = setting("auto", one_of("auto", "docker", "native"), "run", "where steps run: auto | docker | native")
+    python: str = setting("", str, "run", "interpreter that has the requirements; empty: .venv, which run.sh sets up")
+    torch_index: str = setting("", str, "run", "package index with builds of torch for this machine")
+    base_image: str = setting("", str, "run", "image to build on; empty: NVIDIA's with a GPU, else a plain Python one")
 
     calibration_path: str = setting(
         "", str, "reap", "calibration data: file, folder or data set; empty: the built-in set"
     )
+    columns: str = setting(
+        "", str, "reap", "columns of the calibration data, such as prompt=question,answer=reply; empty: guessed"
+    )
+    thinking: str = setting(
+        "auto",
+        one_of("auto", "on", "off"),
+        "reap",
+        "thinking switch of the chat template: auto (its default) | on | off",
+    )
+    system_prompt: str = setting("", str, "reap", "system prompt for calibration chats that bring none")
     max_samples: int = setting(512, positive, "reap", "calibration samples to use at most")
     max_seq_len: int = setting(2048, positive, "reap test", "tokens in a sequence at most")
     batch_size: int = setting(8, positive, "reap test", "sequences that run together")
@@ -139,13 +150,19 @@ class Settings:
 
     evaluation_path: str = setting("", str, "test", "held-out data to judge on; empty: the built-in set")
     evaluation_samples: int = setting(512, positive, "test", "held-out samples to compare the two models on at most")
-    generations: int = setting(800, positive, "test", "prompts to continue at most; fewer than 750 hide doubled loop rates")
+    generations: int = setting(
+        800, positive, "test", "prompts to continue at most; fewer than 750 hide doubled loop rates"
+    )
     max_new_tokens: int = setting(96, positive, "test", "tokens to generate for a prompt at most")
     max_kl: float = setting(0.8, float, "test", "fail above this mean KL divergence to the parent, nats per token")
     max_loss_increase: float = setting(1.0, float, "test", "fail above this increase of the loss, nats per token")
-    min_same_top: float = setting(0.5, float, "test", "fail below this share of tokens with the parent's most likely one")
+    min_same_top: float = setting(
+        0.5, float, "test", "fail below this share of tokens with the parent's most likely one"
+    )
     max_broken: float = setting(0.2, float, "test", "fail when this share of texts is broken beyond the parent's share")
-    judge_memory: int = setting(0, amount, "test", "memory for loaded models; beyond it they are streamed; 0: what is free")
+    judge_memory: int = setting(
+        0, amount, "test", "memory for loaded models; beyond it they are streamed; 0: what is free"
+    )
 
     origin: Mapping[str, str] = field(default_factory=dict, compare=False)
 

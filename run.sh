@@ -1,0 +1,261 @@
+#!/usr/bin/env bash
+# Make a Mixture-of-Experts model smaller: score its experts, cut the least useful, judge the result.
+#
+# This file only decides WHERE a step runs (container or this machine) and sets that place up.
+# What a step does, and every setting it reads, is in the Python scripts. `./run.sh help` lists the commands.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # spinning threads cost up to 10x where cores are shared
+torch_version=2.13.0
+
+usage() {
+  cat <<'TEXT'
+Usage: ./run.sh [--docker | --native] COMMAND [ARGS...]
+
+  demo     score, halve and judge the small model in demo/: the whole flow in about two minutes
+
+Steps (ARGS go to the script unchanged; `./run.sh reap --help` lists them):
+  reap     score the experts        -> output/reap_metadata.json
+  preview  show what each cut would lose, before anything is written
+  prune    write the smaller model  -> output/<name>/           (needs no GPU)
+  test     judge it by its parent   -> output/test_report.json
+  full     reap, prune and test with the settings of .env and the environment; finished steps are skipped
+  combine  add up the scores of several runs
+
+Around the steps:
+  doctor   say what this machine has, what is missing and what to do
+  build    build the container image
+  shell    open a shell where the steps run
+  check    linters, types and all tests
+  help     this text
+
+Where a step runs: --docker, --native, or REAP_RUNTIME=docker|native|auto. auto (the default) takes Docker when it
+answers, else this machine with a .venv of its own; demo stays on this machine unless Docker is asked for.
+Settings: ARGS, the environment, or .env (see .env.example). Paths are relative to the folder of run.sh.
+TEXT
+}
+
+say() { printf 'run.sh: %s\n' "$*" >&2; }
+die() {
+  say "$1"
+  exit "${2:-2}"
+}
+
+# setting NAME: from the environment, else from .env, which is read and never run.
+setting() {
+  local from_file=""
+  [[ ! -f .env ]] || from_file=$(sed -n "s/^$1=//p" .env | tail -n 1)
+  printf '%s' "${!1:-$from_file}"
+}
+
+have_docker() { docker compose version && docker info; } >/dev/null 2>&1
+have_gpu() { nvidia-smi -L; } >/dev/null 2>&1
+
+# Sets `runtime`, once: an exit inside $(...) would not stop this script.
+choose_runtime() {
+  [[ -n $runtime ]] || runtime=$(setting REAP_RUNTIME)
+  case ${runtime:=auto} in
+    native) ;;
+    docker) have_docker || die "Docker was asked for, but 'docker compose' does not answer; see ./run.sh doctor" 4 ;;
+    auto)
+      runtime=native
+      if [[ $1 == demo ]]; then
+        say "running on this machine (--docker runs in the container)"
+      elif have_docker; then
+        runtime=docker
+        say "Docker answers: running in the container (--native runs on this machine)"
+      else
+        say "no Docker here: running on this machine"
+      fi
+      ;;
+    *) die "REAP_RUNTIME must be docker, native or auto, not '$runtime'" ;;
+  esac
+}
+
+# --- this machine ---------------------------------------------------------------------------------------------------
+
+# set_up REQUIREMENTS: sets `python` to REAP_PYTHON as it is, else to a .venv that holds the requirements.
+set_up() {
+  python=$(setting REAP_PYTHON)
+  [[ -z $python ]] || return 0
+  python=.venv/bin/python
+  local stamp=.venv/set-up-$1 wanted
+  wanted=$(cat requirements.txt "$1" | cksum)
+  [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]] || return 0
+  say "setting up .venv from $1 (later runs skip this)"
+  [[ -x $python ]] || make_venv
+  "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' || install_torch
+  "$python" -m pip install --quiet -r "$1" || die "pip could not install $1; see the lines above" 4
+  printf '%s\n' "$wanted" >"$stamp"
+}
+
+make_venv() {
+  local base
+  for base in python3 python3.14 python3.13 python3.12 python3.11; do
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+    "$base" -c 'import venv, ensurepip' 2>/dev/null ||
+      die "$base has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" 4
+    "$base" -m venv .venv
+    return
+  done
+  die "no Python 3.11 or newer found; install one, or name one that has the requirements in REAP_PYTHON" 4
+}
+
+# The standard Linux build of torch brings gigabytes of GPU libraries: a machine without a GPU asks for the CPU build.
+install_torch() {
+  local from
+  from=$(setting REAP_TORCH_INDEX)
+  local pip=("$python" -m pip install --quiet ${from:+--extra-index-url "$from"})
+  if [[ $(uname -s) == Linux ]] && ! have_gpu; then
+    say "no GPU here: installing the CPU build of torch $torch_version"
+    "${pip[@]}" "torch==$torch_version+cpu" 2>/dev/null && return
+    say "the package index has no CPU build for this Python: taking the standard one, which is several GB"
+    say "(stop here and name an index that has CPU builds in REAP_TORCH_INDEX to avoid that; see README.md)"
+  fi
+  "${pip[@]}" "torch==$torch_version" || die "pip could not install torch; see the lines above" 4
+}
+
+# --- container ------------------------------------------------------------------------------------------------------
+
+# The GPU service asks for a GPU and fails without one.
+service() { if [[ $1 != prune && $1 != combine ]] && have_gpu; then echo reap; else echo reap-cpu; fi; }
+
+# Sets `mounts`: a path means the same inside and outside, so whatever ARGS and settings name outside of this folder is
+# mounted where it is; only where results go can be written.
+mount_paths() {
+  local word path flag="" name
+  mounts=()
+  for name in MODEL OUTPUT PRUNED_OUTPUT CALIBRATION EVALUATION; do
+    set -- "$@" "--$name=$(setting "REAP_${name}_PATH")"
+  done
+  for word in "$@"; do
+    if [[ $word == --*=* ]]; then flag=${word%%=*} word=${word#*=}; fi
+    path=$(realpath -ms -- "${word:-.}")
+    case $flag in
+      --output-path | --OUTPUT) writable "$path" "$path" ;;
+      --pruned-output-path | --PRUNED_OUTPUT) [[ -z $word ]] || writable "$path" "$(dirname "$path")" ;;
+      *) [[ $path == "$PWD"* || ! -e $path ]] || add_mount "$path" ":ro" ;;
+    esac
+    flag=$word
+  done
+}
+
+# writable PATH FOLDER: PATH will be written in FOLDER, which is made as this user (Docker would make it as root).
+writable() {
+  [[ $1 != "$PWD" && $1 != "$PWD"/output* ]] || return 0
+  mkdir -p "$2"
+  add_mount "$2" ""
+}
+
+add_mount() { [[ " ${mounts[*]} " == *" $1:$1$2 "* ]] || mounts+=(-v "$1:$1$2"); }
+
+# Sets `cmd` to the command in the container. Every REAP_ name goes along, so that a misspelt one is refused there too.
+in_container() {
+  local what=$1 name
+  shift
+  mount_paths "$@"
+  cmd=(docker compose run --rm)
+  [[ -t 0 && -t 1 ]] || cmd+=(-T)
+  for name in $(compgen -e REAP_); do
+    [[ $name == REAP_RUNTIME || $name == REAP_PYTHON ]] || cmd+=(-e "$name")
+  done
+  cmd+=("${mounts[@]}" "$(service "$what")" "$@")
+}
+
+# What docker-compose.yml needs to know of this machine.
+compose_environment() {
+  HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
+  REAP_BASE_IMAGE=$(setting REAP_BASE_IMAGE)
+  have_gpu || REAP_BASE_IMAGE=${REAP_BASE_IMAGE:-python:3.12-slim}
+  CALLER=$(id -u):$(id -g)
+  export HF_HOME REAP_BASE_IMAGE CALLER
+  mkdir -p output "$HF_HOME"
+}
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+# step WHAT CMD...: run CMD where steps run; `python` as its first word is the interpreter of that place.
+step() {
+  local what=$1 cmd
+  shift
+  if [[ $runtime == docker ]]; then
+    [[ $1 != python ]] || set -- python3 "${@:2}"
+    in_container "$what" "$@"
+  else
+    [[ $1 != python ]] || set -- "$python" "${@:2}"
+    cmd=("$@")
+  fi
+  say "+ $(printf '%q ' "${cmd[@]}")"
+  "${cmd[@]}"
+}
+
+demo() { # every path is given, so that no setting of the user can point it elsewhere
+  local out=output/demo model=demo/model
+  step reap python reap.py --model-path $model --output-path $out --calibration-path demo/calibration.jsonl
+  step prune python prune_model.py --model-path $model --output-path $out --pruned-output-path $out/pruned --prune-ratio 0.5
+  step test python test_pruned_model.py --model-path $model --output-path $out --pruned-output-path $out/pruned \
+    --evaluation-path demo/evaluation.jsonl
+}
+
+check() {
+  local failed=() bin
+  set_up requirements-dev.txt
+  bin=$(dirname "$(command -v "$python")")
+  try() { say "+ $*" && "$@" || failed+=("$1 ${2:-}"); }
+  try "$bin/ruff" check .
+  try "$bin/ruff" format --check .
+  try "$bin/mypy"
+  try "$bin/shellcheck" run.sh .ci/run
+  try "$bin/shfmt" -d -i 2 -ci run.sh .ci/run
+  try "$bin/hadolint" Dockerfile
+  if docker compose version >/dev/null 2>&1; then try docker compose config --quiet; else say "no docker compose here: docker-compose.yml is not checked by it"; fi
+  try env OMP_NUM_THREADS=1 "$python" -m pytest -n 2 "$@"
+  [[ ${#failed[@]} -eq 0 ]] || die "check failed: ${failed[*]}" 1
+}
+
+doctor() {
+  :
+}
+
+main() {
+  runtime=""
+  while [[ ${1:-} == --* ]]; do
+    case $1 in
+      --docker) runtime=docker ;;
+      --native) runtime=native ;;
+      --help) set -- help ;;
+      *) die "unknown option $1; ./run.sh help lists the commands" ;;
+    esac
+    [[ $1 == help ]] || shift
+  done
+  local command=${1:-help}
+  shift || true
+  case $command in
+    reap | preview | prune | test | full | combine | demo | shell)
+      choose_runtime "$command"
+      if [[ $runtime == docker ]]; then compose_environment; else set_up requirements.txt; fi
+      ;;
+  esac
+  case $command in
+    reap) step reap python reap.py "$@" ;;
+    preview) step preview python preview.py "$@" ;;
+    prune) step prune python prune_model.py "$@" ;;
+    test) step test python test_pruned_model.py "$@" ;;
+    combine) step combine python combine.py "$@" ;;
+    full)
+      [[ $# -eq 0 ]] || die "full takes no arguments; put settings in .env or before it: REAP_PRUNE_RATIO=0.25 ./run.sh full"
+      step reap python reap.py
+      step prune python prune_model.py
+      step test python test_pruned_model.py
+      ;;
+    demo) [[ $# -eq 0 ]] || die "demo takes no arguments" && demo ;;
+    check) check "$@" ;;
+    build) compose_environment && docker compose build "$@" ;;
+    shell) step shell bash "$@" ;;
+    doctor) doctor "$@" ;;
+    help | -h) usage ;;
+    *) die "unknown command '$command'; ./run.sh help lists the commands" ;;
+  esac
+}
+
+main "$@"
