@@ -146,6 +146,11 @@ class Settings:
     protect: str = setting(
         "none", one_of("none", "super", "outliers"), "reap prune", "experts never removed: none | super | outliers"
     )
+    engine: str = setting(
+        "", str, "prune", "serving engines to suit, comma separated: vllm, sglang, llama.cpp, trtllm, mlx, transformers"
+    )
+    expert_parallel: int = setting(1, positive, "prune", "expert-parallel ranks that will serve the result")
+    tensor_parallel: int = setting(1, positive, "prune", "tensor-parallel ranks that will serve the result")
     dry_run: bool = setting(False, switch, "prune", "say what would happen and write nothing")
 
     evaluation_path: str = setting("", str, "test", "held-out data to judge on; empty: the built-in set")

@@ -154,7 +154,7 @@ def _block_score(block: BlockSums, metric: str, blend: str, weights_D: Array, se
         return order_of_removal(share_DE)
     weights_D = weights_D * (share_DE.sum(axis=1) > 0)  # a domain that left no trace in this block has no say
     blended_E: Array = weights_D @ share_DE
-    return blended_E / max(float(weights_D.sum()), 1e-300)
+    return np.asarray(blended_E / max(float(weights_D.sum()), 1e-300))
 
 
 def check_measured(block: BlockSums, metric: str) -> None:
