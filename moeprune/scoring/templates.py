@@ -1,0 +1,107 @@
+"""From a sample to token ids: the model's own chat template, applied once, and no second begin-of-text token."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from moeprune.scoring.samples import Sample
+
+# Templates that print today's date would make other tokens tomorrow.
+TODAY = datetime.date(2026, 1, 1)
+# The names that families give to the same switch.
+THINKING_NAMES = ("enable_thinking", "thinking")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How samples become tokens."""
+
+    max_seq_len: int
+    thinking: str = "auto"  # auto | on | off
+    system_prompt: str = ""
+
+
+class Refused(Exception):
+    """The chat template does not take this conversation."""
+
+
+def template_settings(thinking: str) -> dict[str, Any]:
+    """What every template is given besides the messages."""
+    chosen = {} if thinking == "auto" else dict.fromkeys(THINKING_NAMES, thinking == "on")
+    return {"strftime_now": TODAY.strftime, "date_string": TODAY.strftime("%d %b %Y"), **chosen}
+
+
+def render(sample: Sample, tokenizer: Any, rules: Rules) -> tuple[str, bool]:
+    """The text of a sample, and whether the tokenizer may still add its special tokens to it."""
+    if sample.messages is None:
+        return sample.text or "", True
+    messages = list(sample.messages)
+    if rules.system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": rules.system_prompt})
+    if not tokenizer.chat_template:
+        return joined_plainly(messages, sample.as_prompt), True
+    tools = None if sample.tools is None else json.loads(sample.tools)
+    for attempt in (messages, _with_text_arguments(messages), _without_system(messages)):
+        try:
+            made = tokenizer.apply_chat_template(
+                attempt, tools=tools, tokenize=False, add_generation_prompt=False, **template_settings(rules.thinking)
+            )
+        except (TemplateError, TypeError) as error:
+            reason = str(error)
+        else:
+            return str(made), False
+    raise Refused(reason)
+
+
+def _with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Some templates (DeepSeek's) join the arguments of a call as text instead of writing them as JSON."""
+
+    def rewritten(call: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": text}}
+
+    return [
+        {**message, "tool_calls": [rewritten(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Some templates (Mixtral's, Gemma's) know no system role: its text then opens the first message of the user."""
+    if messages[0]["role"] != "system" or len(messages) < 2 or not isinstance(messages[1]["content"], str):
+        return list(map(dict, messages))
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *map(dict, messages[2:])]
+
+
+def joined_plainly(messages: Sequence[Mapping[str, Any]], as_prompt: bool) -> str:
+    """Without a chat template: prompt and answer as running text, longer chats with the roles written out."""
+    texts = [_plain_text(message) for message in messages]
+    if as_prompt:
+        return "".join(text if text[-1:].isspace() else text + "\n" for text in texts[:-1]) + texts[-1]
+    return "\n\n".join(f"{message['role'].capitalize()}: {text}" for message, text in zip(messages, texts, strict=True))
+
+
+def _plain_text(message: Mapping[str, Any]) -> str:
+    content = message.get("content", "")
+    text = content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join(filter(None, [text, *calls]))
+
+
+def encode(text: str, add_special_tokens: bool, tokenizer: Any) -> list[int]:
+    """Token ids of a rendered text; text that brings its own begin-of-text token gets no second one."""
+    ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    begin = tokenizer.bos_token_id
+    if begin is not None and ids[:2] == [begin, begin]:
+        return ids[1:]
+    return ids
