@@ -151,6 +151,13 @@ class Settings:
     )
     expert_parallel: int = setting(1, positive, "prune", "expert-parallel ranks that will serve the result")
     tensor_parallel: int = setting(1, positive, "prune", "tensor-parallel ranks that will serve the result")
+    plan: str = setting(
+        "", str, "prune", 'JSON file with the experts that stay, {"keep": {block: [0, 3, 5]}}; beats scores'
+    )
+    other_scores: bool = setting(
+        False, switch, "prune", "use scores of another copy of the model, such as the bf16 original of a quantized one"
+    )
+    drop_mtp: bool = setting(False, switch, "prune", "remove the layers that predict further tokens (MTP)")
     dry_run: bool = setting(False, switch, "prune", "say what would happen and write nothing")
 
     evaluation_path: str = setting("", str, "test", "held-out data to judge on; empty: the built-in set")
