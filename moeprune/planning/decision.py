@@ -51,7 +51,7 @@ def choose_count(
         notes.append(f"{count} experts in each layer make {size(fixed_bytes + count * bytes_per_expert)}")
     chosen = engines.Case(count, limits, model_type, settings.expert_parallel, settings.tensor_parallel)
     found = engines.objections(chosen, named or engines.COMMON)
-    return Choice(count, tuple(notes), tuple(f"{count} experts: {o}" for o in found))
+    return Choice(count, tuple(notes), tuple(f"a model with {count} experts {line}" for line in engines.summary(found)))
 
 
 def block_scores(settings: Settings, sums: Sums) -> dict[str, Array]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from moeprune.errors import UsageError
 from moeprune.planning.plan import Limits
 
-SEVERITIES = {
-    "fail": "does not load or run",
-    "old": "fails on older releases",
-    "slow": "runs on a slower path",
+SEVERITIES = {  # hardest first
+    "fail": "does not run",
+    "old": "does not run on older releases",
+    "slow": "takes a slower path",
 }
 COMMON = ("vllm", "sglang", "llama.cpp", "transformers")  # warned about when no engine was named
 
@@ -52,7 +52,7 @@ class Objection:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.engine} {SEVERITIES[self.severity]}: {self.why}"
+        return f"{SEVERITIES[self.severity]} on {self.engine}: {self.why}"
 
 
 def _is_power_of_two(count: int) -> bool:
@@ -106,7 +106,7 @@ ENGINES: dict[str, tuple[Rule, ...]] = {
         Rule("fail", _divides_by_ep, "{count} experts do not divide among {ep} expert-parallel ranks", "sglang source"),
         Rule(
             "fail",
-            lambda c: c.expert_parallel == 1 or c.tensor_parallel % c.expert_parallel == 0,
+            lambda c: c.tensor_parallel == 1 or c.tensor_parallel % c.expert_parallel == 0,
             "{tp} tensor-parallel ranks are not a multiple of {ep} expert-parallel ranks",
             "sglang source",
         ),
@@ -116,12 +116,7 @@ ENGINES: dict[str, tuple[Rule, ...]] = {
             "its fused gate takes powers of two (and 384) with at most 32 experts in a group",
             "sgl-project/sglang#26303",
         ),
-        Rule(
-            "old",
-            lambda c: _is_power_of_two(c.count),
-            "its ROCm kernels demanded a power of two",
-            "ROCm/aiter#2604",
-        ),
+        Rule("old", lambda c: _is_power_of_two(c.count), "its ROCm kernels demanded a power of two", "ROCm/aiter#2604"),
     ),
     "llama.cpp": (
         Rule("fail", lambda c: c.count <= 512, "it is built for at most 512 experts", "llama.cpp LLAMA_MAX_EXPERTS"),
@@ -141,7 +136,7 @@ ENGINES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             "fail",
-            lambda c: c.expert_parallel == 1 or c.tensor_parallel % c.expert_parallel == 0,
+            lambda c: c.tensor_parallel == 1 or c.tensor_parallel % c.expert_parallel == 0,
             "{tp} tensor-parallel ranks are not a multiple of {ep} expert-parallel ranks",
             "TensorRT-LLM documentation, moe_tp_size x moe_ep_size = tp_size",
         ),
@@ -157,7 +152,7 @@ ENGINES: dict[str, tuple[Rule, ...]] = {
             "grouped routing took at most 8 experts per token out of 4 groups",
             "NVIDIA/TensorRT-LLM#15656",
         ),
-        Rule("slow", lambda c: _is_power_of_two(c.count), "other counts than powers of two are padded", "#3751"),
+        Rule("slow", lambda c: _is_power_of_two(c.count), "it pads to a power of two", "NVIDIA/TensorRT-LLM#3751"),
     ),
     "mlx": (),
     "transformers": (),
@@ -188,6 +183,16 @@ def objections(case: Case, engines: Sequence[str]) -> list[Objection]:
         if not rule.accepts(case)
     ]
     return sorted(found, key=lambda o: list(SEVERITIES).index(o.severity))
+
+
+def summary(found: Sequence[Objection]) -> list[str]:
+    """The objections as one line for each severity."""
+    lines = []
+    for severity, words in SEVERITIES.items():
+        parts = [f"{o.engine} ({o.why})" for o in found if o.severity == severity]
+        if parts:
+            lines.append(f"{words} on {', '.join(parts)}")
+    return lines
 
 
 def works(case: Case, engines: Sequence[str]) -> bool:

@@ -174,7 +174,8 @@ def shares(block: BlockSums, metric: str, seed: int = 42) -> Array:
     score = METRICS[metric].score
     score_DE = np.stack([score(block, one_D, seed) for one_D in np.eye(len(block.tokens_D))])
     total_D1 = score_DE.sum(axis=1, keepdims=True)
-    return np.divide(score_DE, total_D1, out=np.zeros_like(score_DE), where=total_D1 > 0)
+    share_DE: Array = np.divide(score_DE, total_D1, out=np.zeros_like(score_DE), where=total_D1 > 0)
+    return share_DE
 
 
 def order_of_removal(share_DE: Array) -> Array:
