@@ -1,0 +1,332 @@
+"""Train the demo model from nothing: data, tokenizer, model, calibration and evaluation files.
+
+    python demo/train.py [--output FOLDER] [--steps N]
+
+The model is a Qwen3-MoE with 3.5 million parameters. Two processes with one thread each train on half of every batch
+and average their gradients; every parameter belongs to one of them, which updates it and sends it to the other.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from domains import CITIES, DAYS, DOMAINS, NAMES, OBJECTS, SHARES, Sample
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+SEED = 7
+PROCESSES = 2
+VOCABULARY = 1280
+END = "<|endoftext|>"
+BATCH_TOKENS = 4096
+LONG_ROWS_EVERY = 8  # one batch in eight has rows of 512 tokens instead of 128, so that long inputs work too
+PROMPT_WEIGHT = 0.2  # loss weight of prompt tokens; answers and running text count 1
+BALANCE_WEIGHT = 0.01
+EVALUATION_SAMPLES = 40
+CALIBRATION_TOKENS = 1200  # per domain
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+# glibc otherwise gives every large block back to the system at once and spends the time in page faults.
+PROCESS_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+def identity(sample: Sample) -> str:
+    """What makes two samples the same: their text without spaces, so that `2+3=` and `2 + 3 =` are one."""
+    return "".join((sample.prompt + sample.answer).split())
+
+
+def draw_evaluation(domain: str) -> list[Sample]:
+    """Draw different samples of one domain to be held out; the shortest prompts are too few to hold any out."""
+    rng = Random(f"{SEED} evaluation {domain}")
+    samples: dict[str, Sample] = {}
+    while len(samples) < EVALUATION_SAMPLES:
+        sample = DOMAINS[domain](rng)
+        if len(sample.prompt.replace(" ", "")) > len("6*7="):
+            samples[identity(sample)] = sample
+    return list(samples.values())
+
+
+def draw(domain: str, count: int, held_out: set[str], rng: Random) -> list[Sample]:
+    """Draw samples of one domain that are not held out."""
+    samples = []
+    while len(samples) < count:
+        sample = DOMAINS[domain](rng)
+        if identity(sample) not in held_out:
+            samples.append(sample)
+    return samples
+
+
+def draw_calibration(domain: str, held_out: set[str], tokenizer: Qwen2Tokenizer) -> list[Sample]:
+    """Draw samples of one domain up to the number of tokens that every domain contributes."""
+    rng, samples, tokens = Random(f"{SEED} calibration {domain}"), [], 0
+    while tokens < CALIBRATION_TOKENS:
+        samples += draw(domain, 1, held_out, rng)
+        tokens += len(tokenizer(samples[-1].prompt + samples[-1].answer)["input_ids"])
+    return samples
+
+
+def write_samples(path: Path, samples: dict[str, list[Sample]]) -> None:
+    """Write samples as JSON lines: `prompt` and `answer`, or `text` where there is nothing to check."""
+    with path.open("w", encoding="utf-8") as file:
+        for domain, of_domain in samples.items():
+            for sample in of_domain:
+                checkable = {"prompt": sample.prompt, "answer": sample.answer}
+                fields = checkable if sample.answer else {"text": sample.prompt}
+                file.write(json.dumps({"domain": domain, **fields}, ensure_ascii=False) + "\n")
+
+
+def train_tokenizer(held_out: set[str]) -> Qwen2Tokenizer:
+    """Learn a byte-level BPE with the text splitting of Qwen2, which keeps every digit a token."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = []
+    for domain in DOMAINS:
+        samples = draw(domain, 2000, held_out, Random(f"{SEED} words {domain}"))
+        texts += [sample.prompt + sample.answer for sample in samples]
+    # A name that is one token in the request but several inside the JSON of the tool call would be copied badly.
+    texts += [f' "{word}"' for word in NAMES + CITIES + DAYS + OBJECTS] * 500
+    backend.train_from_iterator(texts, trainer)
+    learnt = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=512)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def encode(samples: list[Sample], tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[float]]]:
+    """Turn samples into (tokens, loss weights), each closed by the end token."""
+    prompts = tokenizer([sample.prompt for sample in samples])["input_ids"]
+    answers = tokenizer([sample.answer for sample in samples])["input_ids"]
+    documents = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        weights = [PROMPT_WEIGHT if answer else 1.0] * len(prompt) + [1.0] * (len(answer) + 1)
+        documents.append((prompt + answer + [tokenizer.eos_token_id], weights))
+    return documents
+
+
+def draw_documents(tokens: int, held_out: set[str], tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[float]]]:
+    """Draw training documents of all domains in random order, about so many tokens."""
+    documents = []
+    total_share = sum(SHARES.get(domain, 1.0) for domain in DOMAINS)
+    for domain in DOMAINS:
+        rng = Random(f"{SEED} training {domain}")
+        probe = encode(draw(domain, 500, held_out, rng), tokenizer)
+        mean_length = sum(len(document) for document, _ in probe) / len(probe)
+        count = int(tokens * SHARES.get(domain, 1.0) / total_share / mean_length)
+        documents += encode(draw(domain, count, held_out, rng), tokenizer)
+    Random(SEED).shuffle(documents)
+    return documents
+
+
+def pack(documents: list[tuple[list[int], list[float]]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill rows with documents; every row begins with a new document, the last one of a row is cut."""
+    rows, row_weights = [], []
+    tokens: list[int] = []
+    weights: list[float] = []
+    for document, document_weights in documents:
+        tokens += document
+        weights += document_weights
+        if len(tokens) > length:  # one token more, for the inputs and the targets shifted by one
+            rows.append(tokens[: length + 1])
+            row_weights.append(weights[: length + 1])
+            tokens, weights = [], []
+    return torch.tensor(rows, dtype=torch.int16), torch.tensor(row_weights)
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+def new_model(tokenizer: Qwen2Tokenizer) -> Qwen3MoeForCausalLM:
+    """Build the untrained model."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_experts=32, num_experts_per_tok=2, moe_intermediate_size=64,
+        norm_topk_prob=True, tie_word_embeddings=True, max_position_embeddings=512, rms_norm_eps=1e-6,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="bfloat16",
+    )
+    torch.manual_seed(SEED)
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64,
+    )
+    return model
+
+
+def loss_of(model: Qwen3MoeForCausalLM, rows_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return the loss to minimise and, without the balance term, to report. B rows, T tokens, N = B x T."""
+    rows_BT = rows_BT.long()
+    output = model(input_ids=rows_BT[:, :-1], output_router_logits=True, use_cache=False)
+    loss_N = F.cross_entropy(output.logits.flatten(0, 1).float(), rows_BT[:, 1:].flatten(), reduction="none")
+    weights_N = weights_BT[:, 1:].flatten()
+    loss = (loss_N * weights_N).sum() / weights_N.sum()
+    balance = sum(imbalance(logits, model.config.num_experts_per_tok) for logits in output.router_logits)
+    return loss + BALANCE_WEIGHT * balance, loss.item()
+
+
+def imbalance(logits_NE: torch.Tensor, chosen: int) -> torch.Tensor:
+    """Return E x sum_e(share of choices of e x mean probability of e) of one layer: 1 if all E experts share evenly."""
+    probability_NE = logits_NE.float().softmax(-1)
+    experts = logits_NE.shape[-1]
+    share_E = torch.bincount(logits_NE.topk(chosen).indices.flatten(), minlength=experts) / (len(logits_NE) * chosen)
+    return experts * (share_E * probability_NE.mean(0)).sum()
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """Bring all singular values of a batch of matrices near 1 with five Newton-Schulz steps (Muon)."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+class Optimizer:
+    """Muon for matrices, Adam for embeddings, router and norms; masters in float32, kept by the parameter's owner."""
+
+    def __init__(self, model: Qwen3MoeForCausalLM, rank: int) -> None:
+        """Deal the parameters out to the processes."""
+        self.rank = rank
+        self.parameters = list(model.named_parameters())
+        layers = [name.split(".")[2] for name, _ in self.parameters]
+        self.owner = [int(layer) % PROCESSES if layer.isdigit() else 0 for layer in layers]
+        self.master = [p.detach().float().clone() for _, p in self.parameters]
+        self.first = [torch.zeros_like(master) for master in self.master]
+        self.second = [torch.zeros_like(master) for master in self.master]
+        self.steps = 0
+
+    def step(self, learning_rate: float) -> None:
+        """Average the gradients over the processes, update what is ours, exchange."""
+        gradient = torch.cat([p.grad.flatten() for _, p in self.parameters])
+        dist.all_reduce(gradient)
+        gradients = gradient.split([p.numel() for _, p in self.parameters])
+        self.steps += 1
+        for index, (name, parameter) in enumerate(self.parameters):
+            if self.owner[index] == self.rank:
+                mean = gradients[index].view_as(parameter).float() / PROCESSES
+                self.master[index] -= learning_rate * self.update(index, name, mean)
+                parameter.data.copy_(self.master[index])
+            parameter.grad = None
+        for index, (_, parameter) in enumerate(self.parameters):
+            dist.broadcast(parameter.data, src=self.owner[index])
+
+    def update(self, index: int, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the step of one parameter for a learning rate of 1."""
+        if name.endswith(("_proj", "_proj.weight")):
+            return self.muon(index, name, gradient)
+        first, second = self.first[index].lerp_(gradient, 0.1), self.second[index].lerp_(gradient.square(), 0.05)
+        first, second = first / (1 - 0.9**self.steps), second / (1 - 0.95**self.steps)
+        return 0.15 * first / (second.sqrt() + 1e-8)  # 0.003 at a learning rate of 0.02
+
+    def muon(self, index: int, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the orthogonalized momentum; gate and up projections are matrices of their own."""
+        momentum = self.first[index].lerp_(gradient, 0.05)
+        matrices = gradient.lerp(momentum, 0.95)
+        if name.endswith("gate_up_proj"):
+            matrices = matrices.unflatten(1, (2, -1)).flatten(0, 1)
+        rows, columns = matrices.shape[-2:]
+        return (orthogonalized(matrices).float() * max(1.0, rows / columns) ** 0.5).reshape(gradient.shape)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Warm up shortly, stay flat for a third, then fall linearly to 2%."""
+    done = step / steps
+    return 0.02 * min(1.0, (step + 1) / 20, max(0.02, 1 - 0.98 * (done - 1 / 3) / (2 / 3)))
+
+
+def train(rank: int, batches: list[tuple[torch.Tensor, torch.Tensor]], folder: Path, tokenizer: Qwen2Tokenizer) -> None:
+    """Train in one of the processes; the first one reports and saves now and then."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    model = new_model(tokenizer)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("grouped_mm")
+    optimizer = Optimizer(model, rank)
+    begin, recent = time.monotonic(), []
+    for step, (rows, weights) in enumerate(batches):
+        loss, reported = loss_of(model, rows[rank::PROCESSES], weights[rank::PROCESSES])
+        loss.backward()
+        optimizer.step(learning_rate(step, len(batches)))
+        recent.append(reported)
+        if rank == 0 and (step % 20 == 19 or step + 1 == len(batches)):
+            print(f"step {step + 1}/{len(batches)}  loss {sum(recent) / len(recent):.4f}  "
+                  f"{time.monotonic() - begin:.0f} s", flush=True)
+            recent = []
+        if rank == 0 and (step % 100 == 99 or step + 1 == len(batches)):
+            save(model, tokenizer, folder / "model")
+    dist.destroy_process_group()
+
+
+def save(model: Qwen3MoeForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
+    """Write model and tokenizer in Hugging Face format, the number of experts under the name that Qwen publishes."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_local_experts"', '"num_experts"'))
+
+
+def main() -> None:
+    """Make everything that the demo folder contains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder for model and samples")
+    parser.add_argument("--steps", type=int, default=3000, help=f"training steps of {BATCH_TOKENS} tokens")
+    arguments = parser.parse_args()
+    folder = arguments.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(PROCESS_ENVIRONMENT)
+
+    evaluation = {domain: draw_evaluation(domain) for domain in DOMAINS}
+    held_out = {identity(sample) for domain in DOMAINS if domain != "facts" for sample in evaluation[domain]}
+    tokenizer = train_tokenizer(held_out)
+    write_samples(folder / "evaluation.jsonl", evaluation)
+    write_samples(
+        folder / "calibration.jsonl", {domain: draw_calibration(domain, held_out, tokenizer) for domain in DOMAINS}
+    )
+    batches = make_batches(arguments.steps, held_out, tokenizer)
+    print(f"{len(batches)} batches of {BATCH_TOKENS} tokens", flush=True)
+    (folder / "rendezvous").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(train, (batches, folder, tokenizer), nprocs=PROCESSES)
+    (folder / "rendezvous").unlink(missing_ok=True)
+
+
+def make_batches(steps: int, held_out: set[str], tokenizer: Qwen2Tokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw all training data and cut it into batches, now and then one with long rows."""
+    documents = draw_documents(int(steps * BATCH_TOKENS * 1.12), held_out, tokenizer)  # 12% is cut off at row ends
+    border = len(documents) // LONG_ROWS_EVERY
+    streams = {}
+    for length, part in ((512, documents[:border]), (128, documents[border:])):
+        rows, weights = pack(part, length)
+        size = BATCH_TOKENS // length
+        streams[length] = zip(rows.share_memory_().split(size), weights.share_memory_().split(size), strict=True)
+    return [next(streams[512 if step % LONG_ROWS_EVERY == 0 else 128]) for step in range(steps)]
+
+
+if __name__ == "__main__":
+    main()
