@@ -85,7 +85,7 @@ set_up() {
   say "setting up .venv from $1 (later runs skip this)"
   [[ -x $python ]] || make_venv
   "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' || install_torch
-  "$python" -m pip install --quiet -r "$1" || die "pip could not install $1; see the lines above" 4
+  "$python" -m pip install -qq -r "$1" || die "pip could not install $1; see the lines above" 4
   printf '%s\n' "$wanted" >"$stamp"
 }
 
@@ -105,7 +105,7 @@ make_venv() {
 install_torch() {
   local from
   from=$(setting REAP_TORCH_INDEX)
-  local pip=("$python" -m pip install --quiet ${from:+--extra-index-url "$from"})
+  local pip=("$python" -m pip install -qq ${from:+--extra-index-url "$from"})
   if [[ $(uname -s) == Linux ]] && ! have_gpu; then
     say "no GPU here: installing the CPU build of torch $torch_version"
     "${pip[@]}" "torch==$torch_version+cpu" 2>/dev/null && return
@@ -123,18 +123,18 @@ service() { if [[ $1 != prune && $1 != combine ]] && have_gpu; then echo reap; e
 # Sets `mounts`: a path means the same inside and outside, so whatever ARGS and settings name outside of this folder is
 # mounted where it is; only where results go can be written.
 mount_paths() {
-  local word path flag="" name
+  local word path name flag=""
   mounts=()
-  for name in MODEL OUTPUT PRUNED_OUTPUT CALIBRATION EVALUATION; do
-    set -- "$@" "--$name=$(setting "REAP_${name}_PATH")"
+  for name in $(env | cat - .env 2>/dev/null | sed -n 's/^\(REAP_[A-Z_]*\)=.*/\1/p'); do
+    set -- "$@" "--$name=$(setting "$name")"
   done
   for word in "$@"; do
     if [[ $word == --*=* ]]; then flag=${word%%=*} word=${word#*=}; fi
     path=$(realpath -ms -- "${word:-.}")
     case $flag in
-      --output-path | --OUTPUT) writable "$path" "$path" ;;
-      --pruned-output-path | --PRUNED_OUTPUT) [[ -z $word ]] || writable "$path" "$(dirname "$path")" ;;
-      *) [[ $path == "$PWD"* || ! -e $path ]] || add_mount "$path" ":ro" ;;
+      --output-path | --REAP_OUTPUT_PATH) writable "$path" "$path" ;;
+      --pruned-output-path | --REAP_PRUNED_OUTPUT_PATH) writable "$path" "$(dirname "$path")" ;;
+      *) [[ $path == "$PWD" || $path == "$PWD"/* || ! -e $path ]] || add_mount "$path" ":ro" ;;
     esac
     flag=$word
   done
@@ -142,7 +142,7 @@ mount_paths() {
 
 # writable PATH FOLDER: PATH will be written in FOLDER, which is made as this user (Docker would make it as root).
 writable() {
-  [[ $1 != "$PWD" && $1 != "$PWD"/output* ]] || return 0
+  [[ $1 != "$PWD" && $1 != "$PWD/output" && $1 != "$PWD"/output/* ]] || return 0
   mkdir -p "$2"
   add_mount "$2" ""
 }

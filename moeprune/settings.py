@@ -179,8 +179,8 @@ class Settings:
     origin: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def public(self) -> dict[str, dict[str, Any]]:
-        """Values and origins for a result's JSON, without secrets."""
-        shown = [f for f in FIELDS if not f.metadata["secret"]]
+        """Values and origins for a result's JSON, without secrets and without what only run.sh reads."""
+        shown = [f for f in FIELDS if not f.metadata["secret"] and f.metadata["stages"] != {"run"}]
         return {
             "values": {f.name: _plain(getattr(self, f.name)) for f in shown},
             "origin": {f.name: self.origin.get(f.name, "default") for f in shown},
@@ -202,6 +202,15 @@ def env_name(f: dataclasses.Field[Any]) -> str:
 def flag_name(f: dataclasses.Field[Any]) -> str:
     """The name of a setting on the command line."""
     return "--" + f.name.replace("_", "-")
+
+
+def shown_default(f: dataclasses.Field[Any]) -> str:
+    """The default of a setting as a person would write it in `.env`."""
+    if isinstance(f.default, bool):
+        return str(f.default).lower()
+    if f.metadata["parse"] is amount and f.default:
+        return f"{f.default / 1e9:g}GB"
+    return str(f.default)
 
 
 # A shell, `docker run --env-file`, compose and python-dotenv disagree about quotes, inline comments, spaces and $.
@@ -249,8 +258,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=STAGES[stage], allow_abbrev=False)
     for f in FIELDS:
         if stage in f.metadata["stages"] and not f.metadata["secret"]:
-            default = _plain(f.default) if f.default != "" else "none"
-            text = f"{f.metadata['help']} [{env_name(f)}, default {default}]".replace("%", "%%")
+            text = f"{f.metadata['help']} [{env_name(f)}, default {shown_default(f) or 'none'}]".replace("%", "%%")
             # SUPPRESS: a flag that was not typed is absent, so that false, 0 and "" can be said.
             options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text, "metavar": "X"}
             if f.metadata["parse"] is switch:
