@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moeprune.console import size
 from moeprune.errors import UsageError
-from moeprune.metadata import Array, Sums
+from moeprune.metadata import Sums, plain
 from moeprune.planning import engines, saliency
+from moeprune.planning.enough import Assessment, How, assess
+from moeprune.planning.outcome import Outcome, outcome, to_json
 from moeprune.planning.plan import Limits, Plan, keep_count, make_plan
 from moeprune.planning.protection import protect
 from moeprune.settings import Settings
@@ -54,10 +57,23 @@ def choose_count(
     return Choice(count, tuple(notes), tuple(f"a model with {count} experts {line}" for line in engines.summary(found)))
 
 
-def block_scores(settings: Settings, sums: Sums) -> dict[str, Array]:
-    """Scores as the settings want them."""
-    weights = saliency.parse_weights(settings.weights)
-    return saliency.scores(sums, settings.metric, settings.blend, weights, settings.seed)
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A plan, what it keeps, and whether the calibration settles it."""
+
+    plan: Plan
+    how: How
+    outcome: Outcome
+    assessment: Assessment
+
+    def sentences(self) -> list[str]:
+        """What a person should read before cutting."""
+        return [*self.outcome.sentences(), self.assessment.verdict]
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry "plan" of a result file."""
+        how = {name: plain(getattr(self.how, name)) for name in ("metric", "blend", "weights", "seed", "count")}
+        return to_json(self.outcome, how) | {"calibration": plain(self.assessment)}
 
 
 def decide(
@@ -68,7 +84,16 @@ def decide(
     *,
     trunk: Sequence[str] | None = None,
     unscored: Mapping[str, int] | None = None,
-) -> Plan:
-    """The plan for this count. `trunk` and `unscored` as in protection.protect and plan.make_plan."""
-    guarded = protect(sums, settings.protect, trunk)
-    return make_plan(block_scores(settings, sums), count, limits, guarded, unscored)
+    samples: Mapping[str, int] | None = None,
+) -> Decision:
+    """The plan for this count and everything there is to say about it.
+
+    `trunk` and `unscored` as in protection.protect and plan.make_plan; `samples` counts the samples of each domain.
+    """
+    weights = saliency.parse_weights(settings.weights)
+    metric, blend = saliency.resolve(sums, settings.metric, settings.blend, bool(weights))
+    protected = protect(sums, settings.protect, trunk)
+    how = How(metric, blend, weights, settings.seed, count, limits, protected)
+    scores = saliency.scores(sums, metric, blend, weights, settings.seed)
+    plan = make_plan(scores, count, limits, protected, unscored)
+    return Decision(plan, how, outcome(plan, sums, scores), assess(sums, how, samples))
