@@ -75,9 +75,18 @@ class Sums:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Sums:
-        """The inverse of `to_json`."""
-        domains = tuple(data["domains"])
-        return Sums(data["mode"], domains, tuple(_block_from_json(entry, domains) for entry in data["blocks"]))
+        """The inverse of `to_json`. Damaged sums are refused, so that everything behind here can trust them."""
+        try:
+            domains = tuple(str(name) for name in data["domains"])
+            sums = Sums(str(data["mode"]), domains, tuple(_block_from_json(block, domains) for block in data["blocks"]))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise InputError(f"the scores are damaged: {type(error).__name__} {error}; score the model again") from None
+        names = [block.block for block in sums.blocks]
+        if not names or not domains or len(set(names)) < len(names) or len(set(domains)) < len(domains):
+            raise InputError(
+                "the scores are damaged: blocks or domains are missing or named twice; score the model again"
+            )
+        return sums
 
 
 def _block_to_json(block: BlockSums, domains: tuple[str, ...]) -> dict[str, Any]:
@@ -98,19 +107,32 @@ def _block_to_json(block: BlockSums, domains: tuple[str, ...]) -> dict[str, Any]
 
 
 def _block_from_json(entry: Mapping[str, Any], domains: tuple[str, ...]) -> BlockSums:
-    def stacked(key: str) -> dict[str, Array]:
-        per_domain = [entry[key][name] for name in domains]
-        return {name: np.array([d[name] for d in per_domain], dtype=np.float64) for name in per_domain[0]}
-
+    experts = int(entry["experts"])
     gram = entry.get("gram")
-    return BlockSums(
-        block=entry["block"],
-        experts=entry["experts"],
+    slices = _stacked(entry, "slices", domains)
+    block = BlockSums(
+        block=str(entry["block"]),
+        experts=experts,
         tokens_D=np.array([entry["tokens"][name] for name in domains], dtype=np.float64),
-        values=stacked("sums"),
-        slices=stacked("slices"),
+        values=_stacked(entry, "sums", domains),
+        slices=slices,
         gram_EDD=None if gram is None else np.array(gram, dtype=np.float64),
     )
+    expected: list[tuple[Array, tuple[int, ...]]] = [
+        (array, (len(domains), experts)) for array in block.values.values()
+    ]
+    expected += [(array, (len(domains), array.shape[1], experts)) for array in slices.values()]
+    if block.gram_EDD is not None:
+        expected.append((block.gram_EDD, (experts, len(domains), len(domains))))
+    if any(array.shape != shape or not np.isfinite(array).all() for array, shape in expected):
+        raise ValueError(f"block {block.block} holds arrays of a wrong shape or numbers that are not finite")
+    return block
+
+
+def _stacked(entry: Mapping[str, Any], key: str, domains: tuple[str, ...]) -> dict[str, Array]:
+    per_domain = [entry[key][name] for name in domains]
+    statistics = per_domain[0] if per_domain else {}
+    return {name: np.array([one[name] for one in per_domain], dtype=np.float64) for name in statistics}
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -142,11 +164,16 @@ def to_text(value: Any, indent: str = "") -> str:
         return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
     if isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
         return "[\n" + ",\n".join(inner + to_text(item, inner) for item in value) + f"\n{indent}]"
-    if isinstance(value, float) and math.isfinite(value) and value.is_integer() and abs(value) < 2**53:
-        return str(int(value))
-    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
-        return "[" + ", ".join(to_text(item) for item in value) + "]"
+    if isinstance(value, float) and math.isfinite(value):
+        return _short(value)
+    if isinstance(value, list) and value and all(isinstance(item, float) and math.isfinite(item) for item in value):
+        return "[" + ", ".join(_short(item) for item in value) + "]"
     return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
+def _short(value: float) -> str:
+    """A finite number, exactly, and a whole one without its `.0`."""
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
