@@ -1,0 +1,120 @@
+"""A model that can be asked: final hidden states for batches, logits for hidden states, greedy text for prompts.
+
+Fidelity needs the logits of two models at the same tokens. Final hidden states (tokens x hidden) are small and are kept;
+logits (tokens x vocabulary) are made chunk by chunk, by the model's own head code.
+
+Legend: N judged positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moeprune.checking import masking
+from moeprune.checking.samples import Batch
+from moeprune.errors import InputError
+from moeprune.settings import Settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Subject(Protocol):
+    """What fidelity needs of a model, loaded or streamed."""
+
+    vocabulary: int
+
+    def states(self, batches: Sequence[Batch], keep: masking.Keep | None = None) -> list[torch.Tensor]:
+        """Final hidden states [N, D] at the judged positions of each batch, with all experts or only those of `keep`."""
+
+    def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
+        """What the model's head says about them: float32 [N, V]."""
+
+
+class Loaded:
+    """A model that fits into memory, as plain transformers loads it."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.model = load_model(folder, settings)
+        self.vocabulary = vocabulary(self.model)
+
+    def states(self, batches: Sequence[Batch], keep: masking.Keep | None = None) -> list[torch.Tensor]:
+        """See `Subject`."""
+        with masking.maskable(self.model) if keep is not None else nullcontext(), masking.keeping(keep):
+            return [judged_states(self.model, batch) for batch in batches]
+
+    def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
+        """See `Subject`."""
+        return head_logits(self.model, states_ND)
+
+
+def load_model(folder: Path, settings: Settings) -> Any:
+    """The model as plain transformers loads it, on the device that was asked for."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
+    options["dtype"] = DTYPES.get(settings.dtype, "auto")
+    last: Exception | None = None
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            return kind.from_pretrained(folder, **options).eval().to(device(settings))
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            last = last or error
+    raise InputError(f"transformers cannot load {folder}: {last}")
+
+
+def load_tokenizer(folder: Path, settings: Settings) -> Any:
+    """The tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"no tokenizer that transformers can load in {folder}: {error}") from None
+
+
+def device(settings: Settings) -> str:
+    """The device that a setting of "auto" means here."""
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def vocabulary(model: Any) -> int:
+    """Width of the model's logits."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+@torch.no_grad()
+def judged_states(model: Any, batch: Batch) -> torch.Tensor:
+    """Final hidden states at the positions whose next token is judged, on the CPU."""
+    inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attended_BT}
+    out = model.base_model(**{name: value.to(_device_of(model)) for name, value in inputs.items()}, use_cache=False)
+    states_BTD = out[0]
+    return states_BTD[batch.scored_BT.to(states_BTD.device)].cpu()
+
+
+@torch.no_grad()
+def head_logits(model: Any, states_ND: torch.Tensor) -> torch.Tensor:
+    """Run everything behind the base model (head, scaling, soft caps) on hidden states that were computed before."""
+    body = model.base_model
+    states = states_ND.unsqueeze(0).to(_device_of(model))
+    token = torch.zeros(1, states.shape[1], dtype=torch.long, device=states.device)
+    with masking.replaced_forward(body, _answering(states)):
+        return model(input_ids=token, use_cache=False).logits[0].float()
+
+
+def _answering(states: torch.Tensor) -> Callable[..., Any]:
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    return lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=states)
+
+
+def _device_of(model: Any) -> Any:
+    return model.get_output_embeddings().weight.device

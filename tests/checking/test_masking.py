@@ -1,0 +1,44 @@
+"""The masked parent computes what a cut made by hand computes, in every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeprune.checking import masking, subject
+from moeprune.checking.samples import Batch
+from tests.checking import pairs
+
+KEEP = {0: (0, 3, 4, 7), 1: (1, 2, 5, 6), 2: (0, 2, 4, 5)}
+
+
+def _batch() -> Batch:
+    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+    return Batch(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool), (0, 1, 2))
+
+
+@pytest.mark.parametrize("family", pairs.FAMILIES)
+def test_masked_parent_equals_the_cut(family, tmp_path):
+    keep = {layer: ids for layer, ids in KEEP.items() if layer or "first_k_dense_replace" not in pairs.FAMILIES[family]}
+    pairs.cut(pairs.parent(tmp_path / "parent", family), tmp_path / "child", keep)
+    parent = AutoModelForCausalLM.from_pretrained(tmp_path / "parent").eval()
+    child = AutoModelForCausalLM.from_pretrained(tmp_path / "child").eval()
+    named = {f"model.layers.{layer}": ids for layer, ids in keep.items()}
+    whole = subject.judged_states(parent, _batch())
+    with masking.maskable(parent), masking.keeping(named):
+        masked = subject.judged_states(parent, _batch())
+    difference = (masked - subject.judged_states(child, _batch())).abs().max()
+    assert difference < 1e-5
+    assert (masked - whole).abs().max() > 1e-2  # the mask did something
+    assert torch.equal(subject.judged_states(parent, _batch()), whole)  # and it is gone again
+
+
+def test_chunked_head_equals_the_whole_forward(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pairs.parent(tmp_path)).eval()
+    with torch.no_grad():
+        expected = model(input_ids=_batch().ids_BT).logits.flatten(0, 1)
+    states = subject.judged_states(model, _batch())
+    assert torch.allclose(
+        torch.cat([subject.head_logits(model, part) for part in states.split(7)]), expected, atol=1e-5
+    )
