@@ -108,10 +108,19 @@ class Settings:
     base_image: str = setting("", str, "run", "image to build on; empty: NVIDIA's with a GPU, else a plain Python one")
 
     calibration_path: str = setting(
-        "", str, "reap", "calibration data: file, folder or data set; empty: the built-in set"
+        "",
+        str,
+        "reap",
+        "calibration data: file, folder, data sets as name[subset](split):N,..., or a preset; empty: the built-in set",
     )
     columns: str = setting(
         "", str, "reap", "columns of the calibration data, such as prompt=question,answer=reply; empty: guessed"
+    )
+    packing: str = setting(
+        "auto",
+        one_of("auto", "on", "off"),
+        "reap",
+        "several documents in one sequence: auto (off, or the preset's) | on | off",
     )
     thinking: str = setting(
         "auto",
@@ -206,11 +215,10 @@ def flag_name(f: dataclasses.Field[Any]) -> str:
 
 def shown_default(f: dataclasses.Field[Any]) -> str:
     """The default of a setting as a person would write it in `.env`."""
-    if isinstance(f.default, bool):
-        return str(f.default).lower()
-    if f.metadata["parse"] is amount and f.default:
-        return f"{f.default / 1e9:g}GB"
-    return str(f.default)
+    value: Any = f.default
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value / 1e9:g}GB" if f.metadata["parse"] is amount and value else str(value)
 
 
 # A shell, `docker run --env-file`, compose and python-dotenv disagree about quotes, inline comments, spaces and $.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,6 +40,65 @@ def unpacked(documents: Sequence[Document], batch_size: int, pad: int) -> list[B
     """
     order = sorted(documents, key=lambda document: -len(document.ids))
     return [_padded(order[start : start + batch_size], pad) for start in range(0, len(order), batch_size)]
+
+
+OPEN_ROWS = 64  # rows that packing keeps open: enough to fill them well, few enough to stay fast
+
+
+def packed(documents: Sequence[Document], length: int, batch_size: int, pad: int) -> list[Batch]:
+    """Several whole documents a row, each in the first open row with room for it.
+
+    Positions restart with every document and there is no attention mask: that is how transformers' mask functions
+    recognise packed documents and keep them from seeing each other. It holds only without a KV cache: use_cache=False.
+    """
+    rows: list[list[Document]] = []
+    room: list[int] = []
+    first_open = 0
+    for document in documents:
+        size = len(document.ids)
+        fitting = (index for index in range(first_open, len(rows)) if room[index] >= size)
+        index = next(fitting, len(rows))
+        if index == len(rows):
+            rows.append([])
+            room.append(length)
+            first_open = max(0, len(rows) - OPEN_ROWS)
+        rows[index].append(document)
+        room[index] -= size
+    return [_packed(rows[start : start + batch_size], length, pad) for start in range(0, len(rows), batch_size)]
+
+
+def _packed(rows: Sequence[Sequence[Document]], length: int, pad: int) -> Batch:
+    shape = (len(rows), length)
+    ids_BT = torch.full(shape, pad, dtype=torch.int64)
+    position_BT = torch.arange(length).repeat(len(rows), 1)
+    domain_BT = torch.full(shape, NOT_COUNTED, dtype=torch.int16)
+    slice_BT = torch.zeros(shape, dtype=torch.int8)
+    for b, row in enumerate(rows):
+        start = 0
+        for document in row:
+            end = start + len(document.ids)
+            ids_BT[b, start:end] = torch.tensor(document.ids, dtype=torch.int64)
+            domain_BT[b, start:end] = document.domain
+            slice_BT[b, start:end] = document.slice
+            start = end
+            position_BT[b, start:] = torch.arange(length - start)  # the next document, or the padding, starts anew
+    return Batch({"input_ids": ids_BT, "position_ids": position_BT}, domain_BT, slice_BT)
+
+
+# Kinds of layers that keep packed documents apart by position; state space and linear layers carry state across them.
+ATTENTION_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+
+
+def why_not_packed(config: Any) -> str | None:
+    """The reason why this model cannot run packed documents, or None."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    others = sorted(set(kinds) - ATTENTION_LAYERS)
+    if others:
+        return f"its layers of type {', '.join(others)} carry state from one document to the next"
+    if getattr(config, "auto_map", None):
+        return "its own code may not know packed documents"
+    return None
 
 
 def _padded(rows: Sequence[Document], pad: int) -> Batch:

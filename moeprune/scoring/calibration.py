@@ -10,14 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeprune import console
-from moeprune.errors import InputError
-from moeprune.scoring.batching import SLICES, Batch, Document, unpacked
+from moeprune.errors import InputError, UsageError
+from moeprune.scoring.batching import SLICES, Batch, Document, packed, unpacked, why_not_packed
+from moeprune.scoring.presets import Plan, plan_for
 from moeprune.scoring.samples import Sample, parse_columns
-from moeprune.scoring.sources import announce, choose, files_digest, parse_sources
+from moeprune.scoring.selection import announce, choose, shares
+from moeprune.scoring.sources import Source, describe, parse_sources
 from moeprune.scoring.templates import Refused, Rules, encode, render
 from moeprune.settings import Settings
 
 CHARACTERS_PER_TOKEN = 32  # far above what any tokenizer joins on average; bounds the text kept of a document
+DOCUMENTS_PER_SEQUENCE = 8  # drawn for each packed sequence; what is not needed to fill them is left
+BUILTIN_NOTE = (
+    "calibration: the built-in set, which is small and general: good for a first look; "
+    "for a model that you will use, give data of your own kind with --calibration-path"
+)
 
 
 @dataclass(frozen=True)
@@ -32,33 +39,75 @@ class Calibration:
 
 def load_calibration(settings: Settings, tokenizer: Any, config: Any) -> Calibration:
     """Read, choose, render, tokenise and batch the calibration samples."""
-    sources = parse_sources(settings.calibration_path)
-    columns = parse_columns(settings.columns)
+    plan = plan_for(settings)
+    refusal = why_not_packed(config) if plan.packing else None
+    if refusal:
+        raise UsageError(f"packing cannot be used with {getattr(config, 'model_type', 'this model')}: {refusal}")
+    sources = parse_sources(plan.spec, settings.seed, settings.hf_token)
+    if not plan.spec:
+        console.say(BUILTIN_NOTE)
     skipped: Counter[str] = Counter()
+    samples = _chosen(sources, plan, settings, skipped)
+    rules = Rules(plan.max_seq_len, settings.thinking, settings.system_prompt)
+    domains, documents, cut = _tokenised(samples, tokenizer, rules, skipped)
+    _check_vocabulary(documents, config)
+    pad = _padding(tokenizer)
+    if plan.packing:
+        documents = _filling(documents, plan, skipped)
+        batches = packed(documents, plan.max_seq_len, settings.batch_size, pad)
+    else:
+        batches = unpacked(documents, settings.batch_size, pad)
+    summary = _summary(settings, plan, sources, domains, documents, skipped) | {"cut_to_max_seq_len": cut}
+    _report(summary)
+    return Calibration(batches, domains, summary["fingerprint"], summary)
+
+
+def _chosen(sources: Sequence[Source], plan: Plan, settings: Settings, skipped: Counter[str]) -> list[Sample]:
+    """Samples of all sources; to fill packed sequences, more documents are drawn than there are sequences."""
+    named = parse_columns(settings.columns)
     samples: list[Sample] = []
-    for source in sources:
-        limit = source.limit or settings.max_samples
-        choice = choose(source, limit, settings.seed, columns, settings.max_seq_len * CHARACTERS_PER_TOKEN)
+    drawn = plan.max_samples * (DOCUMENTS_PER_SEQUENCE if plan.packing else 1)
+    for source, count in zip(sources, shares(sources, drawn, plan.capped), strict=True):
+        choice = choose(source, count, settings.seed, named, plan.max_seq_len * CHARACTERS_PER_TOKEN)
         announce(choice)
         samples += choice.samples
         skipped["empty"] += choice.empty
-    rules = Rules(settings.max_seq_len, settings.thinking, settings.system_prompt)
-    domains, documents, cut = _tokenised(samples, tokenizer, rules, skipped)
-    _check_vocabulary(documents, config)
-    batches = unpacked(documents, settings.batch_size, _padding(tokenizer))
-    fingerprint = _fingerprint(domains, documents)
-    summary = {
+    return samples
+
+
+def _filling(documents: Sequence[Document], plan: Plan, skipped: Counter[str]) -> list[Document]:
+    """The first documents that together fill `max_samples` sequences."""
+    room = plan.max_samples * plan.max_seq_len
+    used = 0
+    for index, document in enumerate(documents):
+        used += len(document.ids)
+        if used > room:
+            skipped["not needed to fill the sequences"] += len(documents) - index
+            return list(documents[:index])
+    return list(documents)
+
+
+def _summary(
+    settings: Settings,
+    plan: Plan,
+    sources: Sequence[Source],
+    domains: Sequence[str],
+    documents: Sequence[Document],
+    skipped: Mapping[str, int],
+) -> dict[str, Any]:
+    return {
         "source": settings.calibration_path or "built-in",
-        "files": files_digest(sources),
+        "entries": plan.spec,
+        "files": describe(sources),
+        "seed": settings.seed,
+        "max_seq_len": plan.max_seq_len,
+        "packing": plan.packing,
         "samples": len(documents),
         "tokens": sum(len(document.ids) for document in documents),
         "domains": _per_domain(domains, documents),
         "skipped": {reason: count for reason, count in sorted(skipped.items()) if count},
-        "cut_to_max_seq_len": cut,
-        "fingerprint": fingerprint,
+        "fingerprint": _fingerprint(domains, documents),
     }
-    _report(summary)
-    return Calibration(batches, domains, fingerprint, summary)
 
 
 def _tokenised(

@@ -1,4 +1,4 @@
-"""Where calibration samples come from: `REAP_CALIBRATION_PATH` as sources, and a fair, repeatable choice of samples.
+"""Where calibration samples come from: the calibration setting as a list of sources, each with its parts.
 
 No torch here: `request_digest` must answer at once whether a result is current.
 """
@@ -6,32 +6,38 @@ No torch here: `request_digest` must answer at once whether a result is current.
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moeprune import console
-from moeprune.errors import InputError
+from moeprune import metadata
+from moeprune.errors import InputError, UsageError
+from moeprune.scoring import hub
+from moeprune.scoring.presets import PRESETS, plan_for
 from moeprune.scoring.readers import READERS, Rows
-from moeprune.scoring.samples import Sample, find_columns, make_sample
+from moeprune.settings import Settings
 
 BUILTIN = Path(__file__).parent / "builtin"
-DOMAIN_LIMIT = 64  # sums are kept per domain; more would be a column of identifiers, not of domains
+ENTRY = re.compile(r"(?P<name>[^\[\]():,]+)(\[(?P<subset>[^\[\]]+)\])?(\((?P<split>[^()]+)\))?(:(?P<limit>\d+))?")
 SHARD_ENDING = re.compile(r"[-_.]\d+[-_]of[-_]\d+$")
 TEXT_ENDINGS = {".txt", ".md"}
+MANY_TEXTS = 16  # text files directly in a folder: up to here each names a domain, beyond they are one
+DIGEST_WHOLE = 256_000_000  # bytes of calibration files that are digested by content; beyond, by size and time
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a source, with the domain of samples that name none."""
+    """One file or data set, with the domain of samples that name none."""
 
-    path: Path
     name: str  # relative to the source: the same on every machine
     domain: str
+    rows: Callable[[], Rows] = field(compare=False)
+    path: Path | None = None
+    mapped: bool = False  # its columns are known; the columns setting is for the others
+    endless: bool = False  # read only as far as needed
 
 
 @dataclass(frozen=True)
@@ -39,18 +45,45 @@ class Source:
     """One entry of the calibration setting; `limit` is its own number of samples, if it names one."""
 
     name: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Part, ...]
     limit: int | None = None
 
 
-@dataclass
-class Choice:
-    """The samples chosen, and what was seen on the way."""
+def parse_sources(spec: str, seed: int = 0, token: str = "") -> list[Source]:
+    """The entries of the calibration setting: files, folders and data sets; empty means the built-in set."""
+    if not spec:
+        return [local_source(BUILTIN)]
+    if Path(spec).expanduser().exists():
+        return [local_source(Path(spec).expanduser())]
+    return [_entry(text.strip(), spec, seed, token) for text in spec.split(",")]
 
-    samples: list[Sample] = field(default_factory=list)
-    seen: int = 0
-    empty: int = 0
-    columns: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> kind -> column
+
+def _entry(text: str, spec: str, seed: int, token: str) -> Source:
+    match = ENTRY.fullmatch(text)
+    if match is None:
+        raise UsageError(f"calibration data {spec!r}: {text!r} is not name[subset](split):N")
+    limit = int(match["limit"]) if match["limit"] else None
+    if limit == 0:
+        raise UsageError(f"calibration data {spec!r}: {text!r} asks for no samples")
+    path = Path(match["name"]).expanduser()
+    if path.exists():
+        return local_source(path, limit)
+    if match["name"] in PRESETS:
+        raise UsageError(f"calibration data {spec!r}: the preset {match['name']} stands alone, without other entries")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", match["name"]) is None or path.suffix.lower() in READERS:
+        presets = ", ".join(PRESETS)
+        raise InputError(
+            f"calibration data not found at {match['name']}; give a file, a folder, a hub data set (owner/name), "
+            f"a preset ({presets}), or nothing for the built-in set"
+        )
+    return _hub_source(match["name"], match["subset"], match["split"], limit, seed, token)
+
+
+def _hub_source(name: str, subset: str | None, split: str | None, limit: int | None, seed: int, token: str) -> Source:
+    label = name + (f"[{subset}]" if subset else "") + (f"({split})" if split else "")
+    rows = partial(hub.stream, name, subset, split, seed, token)
+    part = Part(label, hub.domain_of(name, subset), rows, mapped=name in hub.REGISTRY, endless=True)
+    return Source(label, (part,), limit)
 
 
 def local_source(path: Path, limit: int | None = None) -> Source:
@@ -58,13 +91,17 @@ def local_source(path: Path, limit: int | None = None) -> Source:
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise InputError(f"{path}: unknown kind of file; these are read: {' '.join(READERS)}")
-        return Source(path.name, (Part(path, path.name, _stem(path)),), limit)
+        return Source(path.name, (_file_part(path, path.name, _stem(path)),), limit)
     files = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file.relative_to(path)))
     if not files:
         raise InputError(f"{path}: no calibration file in this folder; these are read: {' '.join(READERS)}")
     texts = sum(file.parent == path and file.suffix.lower() in TEXT_ENDINGS for file in files)
-    parts = (Part(file, file.relative_to(path).as_posix(), _folder_domain(file, path, texts)) for file in files)
+    parts = (_file_part(f, f.relative_to(path).as_posix(), _folder_domain(f, path, texts)) for f in files)
     return Source(path.resolve().name, tuple(parts), limit)
+
+
+def _file_part(path: Path, name: str, domain: str) -> Part:
+    return Part(name, domain, partial(READERS[path.suffix.lower()], path), path)
 
 
 def _is_data(file: Path) -> bool:
@@ -80,102 +117,36 @@ def _folder_domain(file: Path, folder: Path, texts: int) -> str:
     """A subfolder names the domain of its files, else the file does; many small texts together are one domain."""
     if file.parent != folder:
         return file.relative_to(folder).parts[0]
-    if file.suffix.lower() in TEXT_ENDINGS and texts > DOMAIN_LIMIT // 4:
+    if file.suffix.lower() in TEXT_ENDINGS and texts > MANY_TEXTS:
         return folder.resolve().name
     return _stem(file)
 
 
-def choose(source: Source, count: int, seed: int, columns: Mapping[str, str], longest: int) -> Choice:
-    """Draw `count` samples, evenly over the domains, in one pass that holds no more than `count` of each domain.
+def request_digest(settings: Settings) -> str:
+    """What was asked for and the state of the files, without reading samples: equal means the same calibration.
 
-    A sample's rank is a hash of the seed, its file's name and its place there; the lowest ranks are drawn. So the draw
-    is random over the whole of the data, the same on every machine, and a smaller draw is a part of a larger one.
+    Files of together more than DIGEST_WHOLE bytes are known by size and time of change, smaller ones by content.
     """
-    choice = Choice()
-    pools: dict[str, list[tuple[int, int, Sample]]] = {}
-    tie = itertools.count()
-    for part in source.parts:
-        for index, sample in enumerate(_samples(READERS[part.path.suffix.lower()](part.path), part, columns, choice)):
-            choice.seen += 1
-            if sample is None:
-                choice.empty += 1
-                continue
-            pool = pools.setdefault(sample.domain, [])
-            if len(pools) > DOMAIN_LIMIT:
-                raise InputError(
-                    f"{part.path}: more than {DOMAIN_LIMIT} domains; name another column: --columns domain=x"
-                )
-            entry = (-_rank(seed, part.name, index), next(tie), _clipped(sample, longest))
-            if len(pool) < count:
-                heapq.heappush(pool, entry)
-            elif entry[0] > pool[0][0]:
-                heapq.heapreplace(pool, entry)
-    if not pools:
-        raise InputError(f"{source.name}: no samples in it; check the file, or name the columns with --columns")
-    choice.samples = balanced(
-        {name: [entry[2] for entry in sorted(pool, reverse=True)] for name, pool in pools.items()}, count
+    plan = plan_for(settings)
+    sources = parse_sources(plan.spec, settings.seed)
+    paths = [part.path for source in sources for part in source.parts if part.path is not None]
+    whole = sum(path.stat().st_size for path in paths) <= DIGEST_WHOLE
+    asked = (plan, settings.seed, settings.columns, settings.thinking, settings.system_prompt, settings.batch_size)
+    names = [(source.limit, *(part.name for part in source.parts)) for source in sources]
+    states: list[str | Path] = [path if whole else f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
+    return metadata.digest(
+        repr(asked[1:]), repr((plan.max_samples, plan.max_seq_len, plan.packing)), repr(names), *states
     )
-    return choice
 
 
-def _samples(rows: Rows, part: Part, named: Mapping[str, str], choice: Choice) -> Iterator[Sample | None]:
-    columns: dict[str, str] = {}
-    keys: frozenset[str] = frozenset()
-    for place, row in rows:
-        if frozenset(row) != keys:  # rows of one file may differ: text here, a chat there
-            keys = frozenset(row)
-            columns = find_columns(row, named, place)
-            choice.columns.setdefault(part.name, {}).update(columns)
-        yield make_sample(row, columns, part.domain, place)
-
-
-def _rank(seed: int, name: str, index: int) -> int:
-    text = f"{seed}\0{name}\0{index}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-
-def _clipped(sample: Sample, longest: int) -> Sample:
-    """Running text beyond what could ever be used is not kept in memory."""
-    if sample.text is None or len(sample.text) <= longest:
-        return sample
-    return Sample(sample.domain, text=sample.text[:longest], origin=sample.origin)
-
-
-def balanced(pools: Mapping[str, list[Sample]], count: int) -> list[Sample]:
-    """`count` samples with equal shares of the pools; what a small pool cannot give, the others do."""
-    taken: list[Sample] = []
-    for round_ in itertools.zip_longest(*(pools[name] for name in sorted(pools))):
-        taken.extend(sample for sample in round_ if sample is not None)
-        if len(taken) >= count:
-            break
-    return taken[:count]
-
-
-def parse_sources(text: str) -> list[Source]:
-    """The entries of the calibration setting; empty means the built-in set."""
-    path = Path(text).expanduser() if text else BUILTIN
-    if not path.exists():
-        raise InputError(f"calibration data not found at {path}; give a file, a folder or nothing for the built-in set")
-    return [local_source(path)]
-
-
-def files_digest(sources: Iterable[Source]) -> list[dict[str, Any]]:
-    """Name, size and SHA-256 of every file, for the result's provenance."""
-    described = []
+def describe(sources: Iterable[Source]) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of every file, and the names of data sets, for the result's provenance."""
+    described: list[dict[str, Any]] = []
     for part in (part for source in sources for part in source.parts):
+        if part.path is None:
+            described.append({"data_set": part.name})
+            continue
         with part.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         described.append({"file": part.name, "size_bytes": part.path.stat().st_size, "sha256": digest})
     return described
-
-
-def announce(choice: Choice) -> None:
-    """Say once per set of columns which of them are used."""
-    groups: dict[str, list[str]] = {}
-    for name, columns in choice.columns.items():
-        shown = ", ".join(f"{kind} = {column}" for kind, column in columns.items())
-        groups.setdefault(shown, []).append(name)
-    for shown, names in groups.items():
-        console.say(
-            f"calibration: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: columns {shown}"
-        )
