@@ -120,12 +120,18 @@ install_torch() {
 # The GPU service asks for a GPU and fails without one.
 service() { if [[ $1 != prune && $1 != combine ]] && have_gpu; then echo reap; else echo reap-cpu; fi; }
 
+# The names of settings in the environment and in .env, without those that only this file reads.
+step_names() {
+  env | cat - .env 2>/dev/null | sed -n 's/^\(REAP_[A-Za-z0-9_]*\)=.*/\1/p' | sort -u |
+    grep -vxE 'REAP_(RUNTIME|PYTHON|TORCH_INDEX|BASE_IMAGE)' || true
+}
+
 # Sets `mounts`: a path means the same inside and outside, so whatever ARGS and settings name outside of this folder is
 # mounted where it is; only where results go can be written.
 mount_paths() {
   local word path name flag=""
   mounts=()
-  for name in $(env | cat - .env 2>/dev/null | sed -n 's/^\(REAP_[A-Z_]*\)=.*/\1/p'); do
+  for name in $(step_names); do
     set -- "$@" "--$name=$(setting "$name")"
   done
   for word in "$@"; do
@@ -156,8 +162,8 @@ in_container() {
   mount_paths "$@"
   cmd=(docker compose run --rm)
   [[ -t 0 && -t 1 ]] || cmd+=(-T)
-  for name in $(compgen -e REAP_); do
-    [[ $name == REAP_RUNTIME || $name == REAP_PYTHON ]] || cmd+=(-e "$name")
+  for name in $(step_names); do
+    [[ -z ${!name+set} ]] || cmd+=(-e "$name")
   done
   cmd+=("${mounts[@]}" "$(service "$what")" "$@")
 }
@@ -165,10 +171,10 @@ in_container() {
 # What docker-compose.yml needs to know of this machine.
 compose_environment() {
   HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
-  REAP_BASE_IMAGE=$(setting REAP_BASE_IMAGE)
-  have_gpu || REAP_BASE_IMAGE=${REAP_BASE_IMAGE:-python:3.12-slim}
+  BASE_IMAGE=$(setting REAP_BASE_IMAGE)
+  have_gpu || BASE_IMAGE=${BASE_IMAGE:-python:3.12-slim}
   CALLER=$(id -u):$(id -g)
-  export HF_HOME REAP_BASE_IMAGE CALLER
+  export HF_HOME BASE_IMAGE CALLER
   mkdir -p output "$HF_HOME"
 }
 

@@ -1,4 +1,7 @@
-"""Every place that repeats the table of settings, made from the table: `python tests/contracts/documents.py` rewrites them."""
+"""Every place that repeats the table of settings, made from the table.
+
+`python tests/contracts/documents.py` rewrites them; test_documents.py compares.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,40 @@
+"""What repeats the table of settings agrees with it; `python tests/contracts/documents.py` mends a failure."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from tests.contracts import documents
+from tests.contracts.documents import ROOT
+
+MEND = "run: .venv/bin/python tests/contracts/documents.py"
+
+
+def test_env_example_lists_every_setting():
+    assert (ROOT / ".env.example").read_text(encoding="utf-8") == documents.env_example(), MEND
+
+
+@pytest.mark.parametrize(
+    ("name", "marks", "content"),
+    [
+        ("docker-compose.yml", documents.COMPOSE_MARKS, documents.compose_names()),
+        ("README.md", documents.README_MARKS, documents.readme_table()),
+    ],
+)
+def test_generated_part_is_current(name, marks, content):
+    _, middle, _ = documents.between((ROOT / name).read_text(encoding="utf-8"), *marks)
+    assert middle == content, MEND
+
+
+def test_command_line_is_frozen():
+    """A flag that appears or vanishes shows in a diff of command_line.txt."""
+    assert documents.COMMAND_LINE.read_text(encoding="utf-8") == documents.command_lines(), MEND
+
+
+def test_compose_passes_each_setting_to_both_services():
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    for name in ("reap", "reap-cpu"):
+        assert set(documents.passed_to_steps()) <= set(services[name]["environment"]), name
+    assert "deploy" in services["reap"]
+    assert "deploy" not in services["reap-cpu"]
