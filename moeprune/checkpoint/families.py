@@ -1,0 +1,226 @@
+"""Which tensors belong to which expert, and which config entries count experts.
+
+The structure of a checkpoint is read from names and shapes, block by block (structure.py). The tables here hold what
+those cannot tell. To add a family that is not recognised: extend a table below, or the names in structure.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeprune.checkpoint.folder import Checkpoint
+from moeprune.checkpoint.structure import Block, Hints, Part, find_blocks, is_tower, renamed
+from moeprune.errors import InputError
+
+__all__ = ["Block", "Layout", "Part", "config_without_mtp", "mtp_tensors", "new_name", "renamed", "understand"]
+
+COUNT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+    "moe_num_primary_experts",
+)
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+    "experts_top_k",
+    "moe_num_active_primary_experts",
+)
+GROUP_KEYS = ("n_group", "num_expert_group")  # not n_groups, which counts the groups of a Mamba layer
+MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
+DEPTH_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+
+# Rows behind the experts' own in the router that always stay, last: config key of their number, or the number.
+TAILS: dict[str, str | int] = {
+    "longcat_flash": "zero_expert_num",  # identity experts
+    "zaya": 1,  # "skip this layer"
+    "inkling_mm_model": "n_shared_experts",  # shared experts, weighted by the router
+    "inkling_text": "n_shared_experts",
+}
+# Routers that the config says nothing about, or that ignore what it says.
+FIXED_TOP_K = {"phimoe": 2, "nllb-moe": 2, "switch_transformers": 1, "zaya": 1}
+# Two kinds of experts numbered one behind the other, with a router column each.
+TWO_KINDS = {"ernie4_5_vl_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe_text"}
+# Dropping an expert changes the gate values of the others: a softmax over all experts that nobody renormalises.
+NEVER_RENORMALISED = {
+    *("jamba", "longcat_flash", "zaya", "switch_transformers", "phimoe"),
+    *("deepseek_v2", "deepseek_ocr2", "deepseek_ocr2_text", "unlimited_ocr", "unlimited_ocr_text"),
+}
+RENORMALISED_ONLY_IF_SAID = {"qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "qwen3_next"}
+REFUSED = {
+    "doge": "its experts are combinations of product keys, not entries that can be taken out one by one",
+    "vitpose_backbone": "its experts are chosen by the data set and not by a router",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All blocks of a model, and the numbers that govern them together."""
+
+    model_type: str
+    experts: int
+    top_k: int
+    groups: int  # 1 where routing is not limited to groups of experts
+    top_groups: int
+    blocks: tuple[Block, ...]
+    renormalises: bool  # False: dropping an expert raises the gate values of the others
+    count_keys: tuple[tuple[str | int, ...], ...]  # path of every config entry that says how many experts there are
+    run: int = 1  # experts that only go together, as neighbours
+
+    @property
+    def by_name(self) -> dict[str, Block]:
+        """The blocks under their names."""
+        return {block.name: block for block in self.blocks}
+
+
+def understand(checkpoint: Checkpoint) -> Layout:
+    """The layout of a checkpoint, or an InputError that says what was found and where to add it."""
+    config = checkpoint.config
+    model_type = str(config.get("model_type", ""))
+    if model_type in REFUSED:
+        raise InputError(f"{model_type} cannot be pruned: {REFUSED[model_type]}")
+    found = [(path, scope) for path, scope in _scopes(config) if any(key in scope for key in COUNT_KEYS)]
+    counts = [count for _, scope in found for count in _counts(scope)]
+    blocks = find_blocks(checkpoint.tensors, _hints(config, model_type, counts))
+    if not blocks:
+        kind = f"a {model_type} model" if model_type else "a model of unknown type"
+        raise InputError(
+            f"{checkpoint.folder} holds {kind} without experts: none of its {len(checkpoint.tensors)} tensors is named "
+            "or shaped like one. If it is a mixture of experts, add its names to moeprune/checkpoint/structure.py"
+        )
+    experts = _one_count(blocks)
+    governing = [(path, scope) for path, scope in found if experts in _counts(scope)]
+    if not governing:
+        said = ", ".join(sorted({f"{key}={scope[key]}" for _, scope in found for key in COUNT_KEYS if key in scope}))
+        raise InputError(
+            f"the tensors hold {experts} experts per block, but config.json says {said or 'nothing about experts'}; "
+            "if the key has another name, add it to COUNT_KEYS in moeprune/checkpoint/families.py"
+        )
+    scope = governing[0][1]
+    groups = _groups(scope)
+    return Layout(
+        model_type=model_type,
+        experts=experts,
+        top_k=FIXED_TOP_K.get(model_type) or _largest(scope, TOP_K_KEYS) or 1,
+        groups=groups,
+        top_groups=min(_largest(scope, ("topk_group",)) or groups, groups),
+        blocks=tuple(blocks),
+        renormalises=_renormalises(model_type, scope),
+        count_keys=tuple(path + key for path, scope in governing for key in _count_paths(scope)),
+        run=max(part.share for block in blocks for part in block.parts),
+    )
+
+
+def _scopes(config: Mapping[str, Any], path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Every nested dictionary of a config with its path, outermost first; towers for images and sound left out."""
+    yield path, config
+    for key, value in config.items():
+        if isinstance(value, dict) and not is_tower(key) and key not in ("quantization_config", "quantization"):
+            yield from _scopes(value, (*path, key))
+
+
+def _count_paths(scope: Mapping[str, Any]) -> Iterator[tuple[str | int, ...]]:
+    """Where one dictionary counts experts; a list counts them layer by layer, or kind by kind."""
+    for key in COUNT_KEYS:
+        value = scope.get(key)
+        if type(value) is int and value > 0:
+            yield (key,)
+        elif isinstance(value, list):
+            yield from ((key, i) for i, item in enumerate(value) if type(item) is int and item > 0)
+
+
+def _counts(scope: Mapping[str, Any]) -> list[int]:
+    return [_at(scope, path) for path in _count_paths(scope)]
+
+
+def _at(config: Any, path: Sequence[str | int]) -> Any:
+    for step in path:
+        config = config[step]
+    return config
+
+
+def _largest(scope: Mapping[str, Any], keys: Sequence[str]) -> int:
+    """The largest number under any of the keys, whose values may be lists; 0 when there is none."""
+    values = [scope[key] for key in keys if key in scope]
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return max((item for item in flat if type(item) is int), default=0)
+
+
+def _groups(scope: Mapping[str, Any]) -> int:
+    """Groups that the router chooses among before it chooses experts."""
+    if scope.get("topk_method") == "greedy":
+        return 1
+    return max(_largest(scope, GROUP_KEYS), 1)
+
+
+def _renormalises(model_type: str, scope: Mapping[str, Any]) -> bool:
+    inner = str(scope.get("model_type", model_type))
+    if {model_type, inner} & NEVER_RENORMALISED:
+        return False
+    if {model_type, inner} & RENORMALISED_ONLY_IF_SAID:
+        return bool(scope.get("norm_topk_prob", False))
+    return True
+
+
+def _hints(config: Mapping[str, Any], model_type: str, counts: Sequence[int]) -> Hints:
+    """What the tables and the config say about the structure."""
+    scopes = [scope for _, scope in _scopes(config)]
+    types = {model_type, *(str(scope.get("model_type", "")) for scope in scopes)}
+    tail = next((TAILS[name] for name in sorted(types) if name in TAILS), 0)
+    return Hints(
+        counts=tuple(dict.fromkeys(counts)),
+        depth=max((_largest(scope, DEPTH_KEYS) for scope in scopes), default=0),
+        tail=tail if isinstance(tail, int) else max(_largest(scope, (tail,)) for scope in scopes),
+        two_kinds=bool(types & TWO_KINDS),
+        hidden=max(_largest(scope, ("hidden_size", "d_model")) for scope in scopes),
+    )
+
+
+def _one_count(blocks: Sequence[Block]) -> int:
+    """The number of experts, which one config entry rules for all blocks alike."""
+    counts = {block.experts: block.name for block in blocks}
+    if len(counts) > 1:
+        (a, first), (b, second) = list(counts.items())[:2]
+        raise InputError(f"{first} has {a} experts and {second} has {b}; one config entry cannot count both")
+    return blocks[0].experts
+
+
+def new_name(part: Part, experts: int, keep: Sequence[int]) -> str | None:
+    """The name of a tensor of one expert after the cut, or None when it goes. `keep` is the block's keep-list."""
+    if part.kind == "tail":
+        return renamed(part, part.expert - experts + len(keep))
+    staying = [new // part.share for new, old in enumerate(keep) if old // part.share == part.expert]
+    return renamed(part, staying[0] + part.shift * len(keep)) if staying else None
+
+
+def updated_config(checkpoint: Checkpoint, layout: Layout, kept: int) -> dict[str, Any]:
+    """The config with every count of experts set to `kept`; nothing else changes, nor the order of keys."""
+    config = copy.deepcopy(checkpoint.config)
+    for path in layout.count_keys:
+        _at(config, path[:-1])[path[-1]] = kept
+    return config
+
+
+def mtp_tensors(checkpoint: Checkpoint, layout: Layout) -> frozenset[str]:
+    """Every tensor of the blocks that predict further tokens, dense parts included."""
+    prefixes = tuple(f"{block.name}." for block in layout.blocks if block.role == "mtp")
+    named = re.compile(r"(^|\.)(mtp|nextn)[^.]*\.")
+    return frozenset(name for name in checkpoint.tensors if name.startswith(prefixes) or named.search(name))
+
+
+def config_without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model without those blocks."""
+    result = copy.deepcopy(dict(config))
+    for _, scope in _scopes(result):
+        scope.update({key: 0 for key in MTP_KEYS if type(scope.get(key)) is int})
+    return result

@@ -1,0 +1,280 @@
+"""Find the experts of a checkpoint in its tensors' names and shapes, one block at a time.
+
+A module is the prefix that experts and router share, such as `model.layers.7.mlp.`; a block is a module with its parts,
+named by the prefix up to the layer's index. E stands for the experts of a block.
+
+    one tensor per expert   ...mlp.experts.17.up_proj.weight      dropped, or renumbered
+    one for all of them     ...mlp.experts.down_proj [E, H, I]    rows along the first axis; flat: [E*F, H]
+    the router's            ...mlp.gate.weight [E, H]             rows, and a tail that is no expert's
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moeprune.checkpoint.headers import Tensor
+from moeprune.errors import InputError
+
+TOWER = re.compile(r"vision|visual|audio|image|speech|talker|code2wav|(^|\.)vit(\.|$)")
+EXPERT = re.compile(
+    r"(?P<module>(?:.*\.)?)(?P<chunk>chunk_)?experts\."
+    r"(?:expert_|local_experts\.|mlp\.|(?:gate_up|gate|up|down)_projs\.)?(?P<id>\d+)\.(?P<rest>.+)"
+)
+STACKED = re.compile(r"(?P<module>(?:.*?\.)?)(?:experts|switch_mlp|switch_glu)\.(?P<rest>.+)")
+LOOSE = re.compile(  # stacked experts that lie in the module itself; only three axes tell them from a dense layer
+    r"(?P<module>.*\.(?:moe|mlp|block_sparse_moe|feed_forward|ffn|mixer)\.)"
+    r"(?P<rest>(?:input_linear|output_linear|gate_up_proj|gate_proj|up_proj|down_proj|w[123])\b.*)"
+)
+FLAT = re.compile(r"\.experts\.mlp\.(w1|v1|w2)(\.weight)?$")  # [E*F, H], as megablocks keeps them
+ROUTER = re.compile(
+    r"(gate|router|primary_router|moe_statics|act_fn)\.|(\w*expert_bias|e_score_correction_bias|router_bias)$"
+)
+ROUTER_ELSEWHERE = re.compile(r"moe\.router\.")  # relative to the layer, where it is not in the experts' module
+NO_ROUTER = re.compile(r"router\.(scale|global_scale)$")
+SHARED = re.compile(r"shared|share_expert|shexp")
+PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_zero_point|absmax)$")
+ATTENTION = re.compile(r"attn|attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How one tensor hangs on the experts of its block."""
+
+    tensor: str
+    kind: str  # expert: of one expert | tail: of one that always stays | rows: along `axis` | ids: holds expert numbers
+    expert: int = -1  # kind expert, tail: the expert's number within the block
+    axis: int = 0  # kind rows
+    rows_per_expert: int = 1  # kind rows: flat layouts [E*F, H]
+    tail: int = 0  # kind rows: rows behind the experts' own that always stay, last
+    router: bool = False
+    share: int = 1  # kind expert: the tensor serves this many neighbours, and its number counts such runs
+    shift: int = 0  # kind expert: its number on disk starts behind this many times all experts that stay
+    blocks: tuple[str, ...] = ()  # kind rows: the leading axis runs over these blocks, each with its own keep-list
+
+
+@dataclass(frozen=True)
+class Block:
+    """One router with its experts."""
+
+    name: str  # prefix on disk up to the layer index, such as model.layers.7
+    role: str  # trunk | mtp | attention | vision
+    experts: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What only the config and the tables of families.py know."""
+
+    counts: tuple[int, ...]  # numbers of experts that the config names
+    depth: int = 0  # layers of the trunk; what lies behind them predicts further tokens
+    tail: int = 0
+    two_kinds: bool = False
+    hidden: int = 0
+
+
+def is_tower(name: str) -> bool:
+    """Whether a tensor or config key belongs to images, sound or speech; their experts are not the language model's."""
+    return TOWER.search(name) is not None
+
+
+def renamed(part: Part, new_expert: int) -> str:
+    """The name of a tensor of one expert after renumbering; `new_expert` is the number on disk."""
+    match = EXPERT.fullmatch(part.tensor)
+    if match is None:
+        raise ValueError(f"{part.tensor} carries no expert number")
+    return f"{part.tensor[: match.start('id')]}{new_expert}{part.tensor[match.end('id') :]}"
+
+
+def find_blocks(tensors: Mapping[str, Tensor], hints: Hints) -> list[Block]:
+    """All blocks of the language model, in the order of their layers."""
+    names = sorted(name for name in tensors if not is_tower(name))
+    modules = dict.fromkeys(module for name in names if (module := _module(tensors[name])) is not None)
+    blocks = []
+    for module in modules:
+        block = _block(module, [tensors[name] for name in _under(names, _layer(module))], hints)
+        blocks += _two_kinds(block) if block and hints.two_kinds else [block] if block else []
+    return sorted(_named_apart(blocks), key=lambda block: _natural(block.name))
+
+
+def _under(names: Sequence[str], layer: str) -> Sequence[str]:
+    """Those of the sorted names that lie in the layer; all where there are no layers."""
+    if not layer:
+        return names
+    return names[bisect.bisect_left(names, f"{layer}.") : bisect.bisect_left(names, f"{layer}/")]  # "/" follows "."
+
+
+def _module(tensor: Tensor) -> str | None:
+    """The module whose experts this tensor belongs to, if any."""
+    match = EXPERT.fullmatch(tensor.name) or STACKED.fullmatch(tensor.name)
+    if match is None and len(tensor.shape) >= 3 and tensor.shape[0] > 1:
+        match = LOOSE.fullmatch(tensor.name)
+    return None if match is None or SHARED.search(tensor.name) else match["module"]
+
+
+def _layer(module: str) -> str:
+    """The module's prefix up to its last number; the module itself where it has none."""
+    match = re.match(r"(?:.*\.)?\d+(?=\.)", module)
+    return match[0] if match else module.rstrip(".")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def _block(module: str, tensors: Sequence[Tensor], hints: Hints) -> Block | None:
+    """The block of one module from all tensors of its layer; None when it is a dense layer after all."""
+    layer = _layer(module)
+    experts = _count_experts(module, tensors, hints)
+    parts = [part for tensor in tensors if (part := _part(tensor, module, layer, experts, hints))]
+    runs = {part.expert for part in parts if part.share > 1}
+    parts = [replace(part, share=experts // len(runs)) if part.share > 1 else part for part in parts]
+    if not any(part.router and _is_matrix(part, tensors) for part in parts):
+        if not any(EXPERT.fullmatch(t.name) or STACKED.fullmatch(t.name) for t in tensors if t.name.startswith(module)):
+            return None
+        raise InputError(
+            f"{module}* holds {experts} experts but no router was found beside them; "
+            "add the router's name to ROUTER in moeprune/checkpoint/structure.py"
+        )
+    _check_complete(module, parts, experts * (2 if hints.two_kinds else 1))
+    return Block(layer, _role(layer, hints.depth), experts, tuple(parts))
+
+
+def _is_matrix(part: Part, tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.name == part.tensor and len(tensor.shape) > 1 for tensor in tensors)
+
+
+def _count_experts(module: str, tensors: Sequence[Tensor], hints: Hints) -> int:
+    """E of a module: the highest number there is, or the size that most stacked tensors begin with."""
+    ids = [int(match["id"]) for t in tensors if (match := _own(EXPERT, t, module)) and not match["chunk"]]
+    if ids:
+        found = max(ids) + 1
+        if hints.two_kinds:
+            return found // 2
+        return found - hints.tail if found - hints.tail in hints.counts else found
+    stacked = [t for t in tensors if _own(STACKED, t, module) or _own(LOOSE, t, module)]
+    first = Counter(t.shape[0] for t in stacked if len(t.shape) >= 3)
+    if first:
+        return first.most_common(1)[0][0]
+    rows = {t.shape[0] for t in tensors if t.name.startswith(module) and t.shape}
+    return next((count for count in hints.counts if count in rows), max(hints.counts, default=0))
+
+
+def _own(pattern: re.Pattern[str], tensor: Tensor, module: str) -> re.Match[str] | None:
+    match = pattern.fullmatch(tensor.name)
+    return match if match and match["module"] == module and not SHARED.search(match["rest"]) else None
+
+
+def _part(tensor: Tensor, module: str, layer: str, experts: int, hints: Hints) -> Part | None:
+    """What a tensor of the layer has to do with these experts; None when it is to be copied as it is."""
+    if match := _own(EXPERT, tensor, module):
+        return _expert_part(tensor, match, experts)
+    inside = tensor.name.startswith(module)
+    local = tensor.name[len(module) :]
+    if SHARED.search(local if inside else tensor.name) or NO_ROUTER.search(tensor.name):
+        return None
+    if _own(STACKED, tensor, module) or _own(LOOSE, tensor, module):
+        return _stacked_part(tensor, experts)
+    if (inside and ROUTER.match(local)) or ROUTER_ELSEWHERE.match(tensor.name[len(layer) + 1 :]):
+        return _router_part(tensor, experts, hints)
+    if inside and module != f"{layer}.":
+        _refuse_unknown(tensor, experts, hints)
+    return None
+
+
+def _expert_part(tensor: Tensor, match: re.Match[str], experts: int) -> Part:
+    number = int(match["id"])
+    if match["chunk"]:
+        return Part(tensor.name, "expert", number, share=2)
+    return Part(tensor.name, "expert", number) if number < experts else Part(tensor.name, "tail", number)
+
+
+def _stacked_part(tensor: Tensor, experts: int) -> Part | None:
+    """A tensor of all experts: one row each, or several; a scale or bias that all share is copied."""
+    router = "router" in tensor.name or "correction_bias" in tensor.name
+    if tensor.shape and tensor.shape[0] == experts:
+        return Part(tensor.name, "rows", router=router)
+    if FLAT.search(tensor.name) and tensor.shape[0] % experts == 0:
+        return Part(tensor.name, "rows", rows_per_expert=tensor.shape[0] // experts)
+    if len(tensor.shape) <= 1 or tensor.shape[0] == 1:
+        return None
+    raise InputError(
+        f"{tensor.name} has the shape {list(tensor.shape)}, which does not begin with the {experts} experts of its "
+        "block; if its layout is a new one, add it to moeprune/checkpoint/structure.py"
+    )
+
+
+def _router_part(tensor: Tensor, experts: int, hints: Hints) -> Part | None:
+    """A tensor of the router, with one row (or column) per expert, or none of the experts' business."""
+    if tensor.name.endswith("tid2eid"):
+        return Part(tensor.name, "ids", router=True)
+    for axis in [1] if hints.two_kinds else [0, 1]:
+        size = tensor.shape[axis] if axis < len(tensor.shape) else 0
+        if math.prod(tensor.shape) > 1 and size in (experts, experts + hints.tail):
+            return Part(tensor.name, "rows", axis=axis, tail=size - experts, router=True)
+    if PACKED.search(tensor.name):
+        raise InputError(f"{tensor.name}: this router is packed across experts and cannot be cut; keep it unquantized")
+    return None
+
+
+def _refuse_unknown(tensor: Tensor, experts: int, hints: Hints) -> None:
+    """The safety net: what has a size E inside the module must have been understood."""
+    suspicious = {experts, experts + hints.tail} - {hints.hidden}
+    if suspicious & set(tensor.shape):
+        raise InputError(
+            f"{tensor.name} {list(tensor.shape)} lies among experts and has a size of {experts}, but is not known; "
+            "add it to ROUTER or SHARED in moeprune/checkpoint/structure.py"
+        )
+
+
+def _check_complete(module: str, parts: Iterable[Part], experts: int) -> None:
+    """Every expert must own the same tensors; a hole would become a wrong number after the cut."""
+    by_suffix: dict[str, set[int]] = {}
+    for part in parts:
+        if part.kind == "expert" and part.share == 1 and (match := EXPERT.fullmatch(part.tensor)):
+            by_suffix.setdefault(part.tensor[match.end("id") :], set()).add(part.expert)
+    for suffix, have in by_suffix.items():
+        missing = sorted(set(range(experts)) - have)
+        if missing and len(have) > 0:
+            raise InputError(
+                f"{module}experts: expert {missing[0]} has no tensor {suffix.lstrip('.')}; fetch the model again"
+            )
+
+
+def _role(layer: str, depth: int) -> str:
+    """mtp for what predicts further tokens: named so, or a layer behind the last."""
+    behind = re.search(r"(?:^|\.)layers\.(\d+)$", layer)
+    if re.search(r"(^|\.)(mtp|nextn)", layer) or (behind and 0 < depth <= int(behind[1])):
+        return "mtp"
+    return "trunk"
+
+
+def _named_apart(blocks: Sequence[Block]) -> Iterator[Block]:
+    """Two routers in one layer (experts in the attention too): the attention's block takes the longer name."""
+    counts = Counter(block.name for block in blocks)
+    for block in blocks:
+        module = next((m["module"] for p in block.parts if (m := STACKED.fullmatch(p.tensor))), "")
+        if counts[block.name] > 1 and ATTENTION.search(module):
+            yield replace(block, name=module.rstrip("."), role="attention")
+        else:
+            yield block
+
+
+def _two_kinds(block: Block) -> list[Block]:
+    """Split text experts 0..E-1 from image experts E..2E-1, which have a router column each."""
+    vision = f"{block.name}.vision"
+    first, second = [], []
+    for part in block.parts:
+        if part.kind == "tail":
+            second.append(replace(part, kind="expert", expert=part.expert - block.experts, shift=1))
+        elif part.tensor.endswith("weight_1"):
+            second.append(part)
+        else:
+            both = "moe_statics" in part.tensor
+            first.append(replace(part, blocks=(block.name, vision)) if both else part)
+    return [replace(block, parts=tuple(first)), Block(vision, "vision", block.experts, tuple(second))]

@@ -1,0 +1,294 @@
+"""Write a checkpoint: byte ranges streamed into new safetensors files, all of it beside the result, then renamed.
+
+A file system copies bytes between files faster than a program does, so kept tensors never pass through this process
+where that works; elsewhere one buffer carries them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moeprune.console import size
+from moeprune.errors import InputError, MachineError
+from moeprune.metadata import sync_folder
+
+STEP = 16 << 20  # bytes per system call, and the size of the one buffer
+CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a new file: ranges of bytes of an old file or, where they must be computed, what `make` yields."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    source: Path
+    ranges: tuple[tuple[int, int], ...] = ()
+    make: Callable[[], Iterable[bytes]] | None = None
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """One safetensors file to write; `entries` are in the order of their bytes."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    indexed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Its size on disk."""
+        return len(header(self)) + sum(entry.nbytes for entry in self.entries)
+
+
+def aligned(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """The entries, wide types first: readers map tensors in place, and each must start at a multiple of its width."""
+
+    def width(entry: Entry) -> float:
+        elements = 1
+        for length in entry.shape:
+            elements *= length
+        return entry.nbytes / elements if elements else 8
+
+    return tuple(sorted(entries, key=lambda entry: -width(entry)))
+
+
+def packed(entries: Iterable[Entry], limit: int) -> list[tuple[Entry, ...]]:
+    """The entries in their order, cut into groups of at most `limit` bytes; a larger entry gets a group of its own."""
+    groups: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        if not groups or entry.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(entry)
+        room -= entry.nbytes
+    return [tuple(group) for group in groups]
+
+
+def header(file: NewFile) -> bytes:
+    """The length and the JSON that a safetensors file begins with, padded to a multiple of 8 bytes."""
+    table: dict[str, Any] = {"__metadata__": dict(file.metadata)} if file.metadata else {}
+    at = 0
+    for entry in file.entries:
+        table[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [at, at + entry.nbytes]}
+        at += entry.nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_file(folder: Path, file: NewFile) -> Path:
+    """Write one safetensors file; the caller syncs it."""
+    path = folder / file.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(path), path.open("xb", buffering=0) as out, contextlib.ExitStack() as opened:
+        sources: dict[Path, BinaryIO] = {}
+        _write_all(out, header(file))
+        for source, start, end, content in _steps(file.entries):
+            if content is not None:
+                _write_all(out, content)
+                continue
+            if source not in sources:
+                sources[source] = opened.enter_context(source.open("rb", buffering=0))
+            copy_range(sources[source], out, start, end)
+        _check_length(path, file)
+    return path
+
+
+def _check_length(path: Path, file: NewFile) -> None:
+    if path.stat().st_size != file.nbytes:
+        raise InputError(
+            f"a source of {path.name} changed while it was read; run again when nothing writes to the model"
+        )
+
+
+def _steps(entries: Sequence[Entry]) -> Iterator[tuple[Path, int, int, bytes | None]]:
+    """(file, start, end, None) for ranges, joined where they touch, and (file, 0, 0, bytes) for computed content."""
+    held: tuple[Path, int, int] | None = None
+    for entry in entries:
+        if entry.make is not None:
+            if held:
+                yield (*held, None)
+                held = None
+            yield from ((entry.source, 0, 0, content) for content in entry.make())
+        for start, end in entry.ranges:
+            if held and held[0] == entry.source and held[2] == start:
+                held = (entry.source, held[1], end)
+            else:
+                if held:
+                    yield (*held, None)
+                held = (entry.source, start, end)
+    if held:
+        yield (*held, None)
+
+
+def copy_range(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
+    """Append bytes `start` to `end` of `source` to `out`, inside the kernel where the file systems allow it."""
+    while start < end:
+        try:
+            done = os.copy_file_range(source.fileno(), out.fileno(), min(STEP, end - start), offset_src=start)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in CANNOT_COPY:
+                raise
+            _copy_through_buffer(source, out, start, end)
+            return
+        if done == 0:
+            raise InputError(f"{source.name} ends at byte {start}, before byte {end}; it was cut while it was read")
+        start += done
+
+
+def _copy_through_buffer(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
+    buffer = memoryview(bytearray(min(STEP, end - start)))
+    while start < end:
+        done = os.preadv(source.fileno(), [buffer[: end - start]], start)
+        if done == 0:
+            raise InputError(f"{source.name} ends at byte {start}, before byte {end}; it was cut while it was read")
+        _write_all(out, buffer[:done])
+        start += done
+
+
+def _write_all(out: BinaryIO, content: bytes | memoryview) -> None:
+    """An unbuffered write may take only a part; the next one then says why."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[out.write(rest) :]
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Name the file in errors of the file system that do not name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise MachineError(f"the file system does not take a file as large as {path}; write elsewhere") from None
+        error.filename = error.filename or str(path)
+        raise
+
+
+def copy_side_file(source: Path, path: Path) -> None:
+    """Carry one small file along, content and permissions; links become files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(path):
+        shutil.copyfile(source, path)
+        path.chmod(0o644 | (source.stat().st_mode & 0o111))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one small file of the result."""
+    with _explained(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def index_text(files: Sequence[NewFile], old: Mapping[str, Any], elements_before: int) -> str:
+    """The index of the new files; what else the old index says about the model is kept where it is still true."""
+    entries = {entry.name: (entry, file) for file in files if file.indexed for entry in file.entries}
+    about = dict(old.get("metadata") or {})
+    about["total_size"] = sum(entry.nbytes for entry, _ in entries.values())
+    if "total_parameters" in about:
+        counted = about.pop("total_parameters") == elements_before
+        if counted:  # quantized checkpoints count otherwise, and then a sum of elements would be wrong
+            about["total_parameters"] = sum(_elements(entry.shape) for entry, _ in entries.values())
+    weight_map = {name: file.name for name, (_, file) in sorted(entries.items())}
+    rest = {key: value for key, value in old.items() if key not in ("metadata", "weight_map")}
+    return json.dumps({"metadata": about, **rest, "weight_map": weight_map}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _elements(shape: Iterable[int]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Refuse to start when the disk cannot hold the result."""
+    folder = target.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free + size_of_folder(partial_of(target))
+    if free < needed:
+        raise MachineError(
+            f"{folder} has {size(free)} free and the result needs {size(needed)}; make room or write elsewhere"
+        )
+
+
+def size_of_folder(folder: Path) -> int:
+    """The bytes of all files below a folder; 0 when it is not there."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def partial_of(target: Path) -> Path:
+    """Where a result is made before it gets its name."""
+    return target.with_name(target.name + ".partial")
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A fresh folder `<target>.partial` to fill. What a killed run left there is removed; so is a failed attempt."""
+    folder = partial_of(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MachineError(
+                f"another run is writing {folder}; wait for it or choose another output folder"
+            ) from None
+        _empty(folder)
+        try:
+            yield folder
+        except BaseException:
+            if folder.exists():
+                shutil.rmtree(folder)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with _explained(path):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Give a finished, synced folder its name; a result that it replaces is removed after that."""
+    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_folder(inner)
+    replaced = target.with_name(target.name + ".replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if target.exists():
+        target.rename(replaced)
+    folder.rename(target)
+    sync_folder(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
