@@ -112,8 +112,14 @@ ENGINES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             "slow",
-            lambda c: (_is_power_of_two(c.count) or c.count == 384) and c.count <= 32 * max(c.limits.groups, 1),
-            "its fused gate takes powers of two (and 384) with at most 32 experts in a group",
+            lambda c: _is_power_of_two(c.count) or c.count == 384,
+            "its fused gate takes powers of two and 384",
+            "sgl-project/sglang#26303",
+        ),
+        Rule(
+            "slow",
+            lambda c: c.limits.groups == 1 or c.count <= 32 * c.limits.groups,
+            "its fused gate takes at most 32 experts in a group",
             "sgl-project/sglang#26303",
         ),
         Rule("old", lambda c: _is_power_of_two(c.count), "its ROCm kernels demanded a power of two", "ROCm/aiter#2604"),
