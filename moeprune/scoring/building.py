@@ -1,0 +1,107 @@
+"""A model of transformers without its weights: every module in place, parameters on the meta device, buffers real."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_tie_weights
+from transformers.modeling_utils import local_torch_dtype
+
+from moeprune.checkpoint.folder import Checkpoint
+from moeprune.errors import InputError, MachineError, UsageError
+from moeprune.settings import Settings
+
+REMOTE_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForConditionalGeneration",
+    "AutoModel",
+)
+
+
+def pick_device(settings: Settings) -> torch.device:
+    """The device to compute on; `auto` takes an accelerator that is there."""
+    if settings.device != "auto":
+        wanted = torch.device(settings.device)
+        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not available[wanted.type]:
+            raise MachineError(f"no {wanted.type} device answers here; set REAP_DEVICE=cpu or auto")
+        return wanted
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(config: PreTrainedConfig, settings: Settings) -> torch.dtype:
+    """The type to compute in: the setting, else the checkpoint's, else bfloat16."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+    for place in (config, config.get_text_config()):
+        if isinstance(getattr(place, "dtype", None), torch.dtype):
+            return place.dtype  # type: ignore[no-any-return]
+    return torch.bfloat16
+
+
+def read_config(checkpoint: Checkpoint, settings: Settings) -> PreTrainedConfig:
+    """The model's configuration as transformers understands it, without any quantization: layers arrive dequantized."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"transformers {transformers.__version__} cannot read the config of {checkpoint.folder}: {reason}"
+            + _remote_hint(checkpoint, settings)
+        ) from None
+    config = copy.deepcopy(config)
+    for part in _configs(config):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
+
+
+def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A configuration and those nested in it."""
+    nested = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return [config, *(part for inner in nested for part in _configs(inner))]
+
+
+def model_class(checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings) -> type[PreTrainedModel]:
+    """The class the checkpoint names: one of transformers, else the code that comes with the checkpoint."""
+    names = checkpoint.config.get("architectures") or []
+    known = getattr(transformers, names[0], None) if names else None
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    remote: dict[str, Any] = checkpoint.config.get("auto_map") or {}
+    found = next((remote[name] for name in REMOTE_CLASSES if name in remote), None)
+    if found is None or not settings.trust_remote_code:
+        raise InputError(
+            f"transformers {transformers.__version__} has no model class {names[0] if names else '(none named)'} for "
+            f"{checkpoint.folder}" + _remote_hint(checkpoint, settings)
+        )
+    if isinstance(found, str):
+        return get_class_from_dynamic_module(found, os.fspath(checkpoint.folder))  # type: ignore[no-any-return]
+    raise UsageError(f"{checkpoint.folder}: auto_map in config.json is damaged; it must name a class")
+
+
+def _remote_hint(checkpoint: Checkpoint, settings: Settings) -> str:
+    if checkpoint.config.get("auto_map") and not settings.trust_remote_code:
+        return "; the checkpoint brings its own code: --trust-remote-code runs it, if you trust its author"
+    return ""
+
+
+def build(checkpoint: Checkpoint, settings: Settings) -> PreTrainedModel:
+    """The checkpoint's model, empty. Its dtype plan and conversions are those that from_pretrained would use."""
+    config = read_config(checkpoint, settings)
+    chosen = model_class(checkpoint, config, settings)
+    dtype = compute_dtype(config, settings)
+    # A class may take a nested configuration (the text model of a multimodal checkpoint, say).
+    if not isinstance(config, chosen.config_class) and isinstance(config.get_text_config(), chosen.config_class):
+        config = config.get_text_config()
+    with torch.no_grad(), local_torch_dtype(dtype, chosen.__name__), no_tie_weights(), init_empty_weights(False):
+        model = chosen(config)
+    return model.eval()

@@ -1,0 +1,159 @@
+"""The weights of one layer at a time: from the disk, through transformers' own conversion, into the model, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from moeprune.checkpoint.folder import Checkpoint
+from moeprune.errors import InputError
+from moeprune.scoring.dequantize import Recipe, read_tensor, recipes
+
+Tensors = dict[str, torch.Tensor]
+OUTSIDE = ""  # the name for everything that is in no layer: embeddings, final norm, head
+
+
+class LayerLoader:
+    """Knows which tensors on disk make up which layer, and loads and drops a layer's parameters."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, layers: Sequence[str], device: torch.device):
+        transformers_logging.disable_progress_bar()
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self.layers = frozenset(layers)
+        self.dtype = model.dtype
+        self.recipes: Mapping[str, Recipe] = recipes(checkpoint)
+        self.mapping = get_model_conversion_mapping(model)
+        in_memory = model.state_dict()
+        self.memory_name = _memory_names(self.recipes, model, self.mapping, in_memory)
+        self.sources: dict[str, list[str]] = {layer: [] for layer in (*layers, OUTSIDE)}
+        for name, target in self.memory_name.items():
+            if target in in_memory:
+                self.sources[self.layer_of(target)].append(name)
+        self.wanted: dict[str, list[str]] = {layer: [] for layer in (*layers, OUTSIDE)}
+        for name in in_memory:
+            self.wanted[self.layer_of(name)].append(name)
+        self._targets: dict[str, list[str]] = {}
+        for name, recipe in self.recipes.items():
+            for source in recipe.sources:
+                self._targets.setdefault(source, []).append(self.memory_name[name])
+        self._empty: dict[str, torch.Tensor] = {}  # what stood in a parameter's place before it was loaded
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+        self._ahead: tuple[str, Future[Tensors]] | None = None
+
+    def layer_of(self, name: str) -> str:
+        """The layer that a module or parameter belongs to, or OUTSIDE."""
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        return next((prefix for prefix in prefixes if prefix in self.layers), OUTSIDE)
+
+    def targets_of(self, stored: str) -> list[str]:
+        """The parameters in memory that a tensor on disk goes into."""
+        return self._targets.get(stored, [])
+
+    def nbytes(self, layer: str) -> int:
+        """What a layer takes in memory."""
+        state = self.model.state_dict()
+        return sum(state[name].numel() * state[name].element_size() for name in self.wanted[layer])
+
+    def read_ahead(self, layer: str) -> None:
+        """Begin to read a layer in a thread."""
+        if self._ahead is None or self._ahead[0] != layer:
+            self._ahead = (layer, self._reader.submit(self._read, layer))
+
+    def _read(self, layer: str, skip: Iterable[str] = ()) -> Tensors:
+        skipped = set(skip)
+        names = [name for name in self.sources[layer] if self.memory_name[name] not in skipped]
+        return {
+            source: read_tensor(self.checkpoint.tensors[source])
+            for source in dict.fromkeys(source for name in names for source in self.recipes[name].sources)
+        }
+
+    def load(self, layer: str, skip: Iterable[str] = ()) -> None:
+        """Fill a layer's parameters. `skip` names parameters that nobody will look at."""
+        ahead, self._ahead = self._ahead, None
+        raw = ahead[1].result() if ahead is not None and ahead[0] == layer else self._read(layer, skip)
+        state = self.model.state_dict(keep_vars=True)
+        wanted = [name for name in self.wanted[layer] if name not in set(skip)]
+        self._empty.update({name: state[name] for name in wanted})
+        tensors = {}
+        for name in self.sources[layer]:
+            if all(source in raw for source in self.recipes[name].sources):
+                tensors[name] = self.recipes[name].make([raw[s] for s in self.recipes[name].sources], self.dtype)
+        del raw
+        info, _ = convert_and_load_state_dict_in_model(
+            self.model,
+            tensors,
+            LoadStateDictConfig(
+                dtype=self.dtype,
+                dtype_plan=self.model._get_dtype_plan(self.dtype),
+                device_map={"": self.device},
+                weight_mapping=self.mapping,
+            ),
+        )
+        if info.conversion_errors:
+            name, text = next(iter(info.conversion_errors.items()))
+            raise InputError(f"{self.checkpoint.folder}: cannot convert {name}: {str(text).strip().splitlines()[-1]}")
+        if info.mismatched_keys:
+            name, found, expected = next(iter(info.mismatched_keys))
+            raise InputError(
+                f"{self.checkpoint.folder}: {name} has shape {tuple(found)} where the config promises {tuple(expected)}"
+            )
+        self._refuse_missing(layer, [name for name in wanted if name in info.missing_keys])
+
+    def _refuse_missing(self, layer: str, missing: Sequence[str]) -> None:
+        """Tied parameters may be missing outside the layers; anything else must be on disk."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        allowed = set(tied) | set(tied.values())
+        absent = [name for name in missing if name not in allowed]
+        if absent:
+            where = layer or "outside the layers"
+            raise InputError(
+                f"{self.checkpoint.folder} has no tensor for {absent[0]} ({len(absent)} missing {where}); "
+                "the checkpoint is incomplete"
+            )
+
+    def drop(self, layer: str) -> None:
+        """Free a layer's parameters; its other buffers stay, so that the layer can be loaded again."""
+        for name in self.wanted[layer]:
+            empty = self._empty.pop(name, None)
+            if empty is not None:
+                path, _, attribute = name.rpartition(".")
+                setattr(self.model.get_submodule(path), attribute, empty)
+
+    def close(self) -> None:
+        """Stop the reader."""
+        self._ahead = None
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _memory_names(
+    names: Iterable[str],
+    model: PreTrainedModel,
+    mapping: Sequence[WeightRenaming | WeightConverter],
+    in_memory: Mapping[str, torch.Tensor],
+) -> dict[str, str]:
+    """Name on disk -> name in memory, as transformers itself would rename it."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    rename: Callable[[str], str] = lambda name: rename_source_key(  # noqa: E731
+        name, renamings, converters, model.base_model_prefix, in_memory
+    )[0]
+    found = {}
+    for name in names:
+        target = rename(name)
+        if target not in in_memory and name in in_memory:
+            target = rename_source_key(name, [], [], model.base_model_prefix, in_memory)[0]
+        found[name] = target
+    return found

@@ -1,0 +1,96 @@
+"""Scoring as one call: stream the calibration batches through the model, watch the experts, return the sums."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel
+
+from moeprune import console
+from moeprune.checkpoint.families import Layout
+from moeprune.checkpoint.folder import Checkpoint
+from moeprune.errors import InputError
+from moeprune.metadata import Sums
+from moeprune.scoring.adapters import attach, find_sites
+from moeprune.scoring.batching import Batch
+from moeprune.scoring.building import read_config
+from moeprune.scoring.calibration import Calibration
+from moeprune.scoring.observer import Observer
+from moeprune.scoring.streaming import Forward, LayerStream
+from moeprune.settings import Settings
+
+
+def load_tokenizer(checkpoint: Checkpoint, settings: Settings) -> Any:
+    """The checkpoint's tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{checkpoint.folder} has no tokenizer that transformers {transformers.__version__} can load ({reason}); "
+            "copy tokenizer.json and tokenizer_config.json from the original model"
+        ) from None
+
+
+def score_experts(
+    settings: Settings, checkpoint: Checkpoint, layout: Layout, calibration: Calibration, fingerprint: str
+) -> Sums:
+    """The sums of every block that the model runs."""
+    stream = LayerStream(checkpoint, settings)
+    observer = Observer(stream, calibration.batches, calibration.domains, settings.scoring_mode)
+    find_sites(observer, layout.blocks)
+    if not observer.sites:
+        raise InputError(
+            f"{type(stream.model).__name__} has no module that runs the experts of {layout.blocks[0].name}; "
+            "add an adapter to moeprune/scoring/adapters.py"
+        )
+    hooks = attach(observer)
+    progress = LayerProgress(stream, calibration.batches)
+    last = max((site.layer for site in observer.sites), key=stream.order.__getitem__)
+    stream.run([forward(batch) for batch in calibration.batches], watchers=(observer, progress), until=last)
+    for hook in hooks:
+        hook.remove()
+    return observer.result()
+
+
+def forward(batch: Batch) -> Forward[None]:
+    """The forward of one batch."""
+
+    def run(model: PreTrainedModel) -> None:
+        inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+        model(**inputs, use_cache=False)
+
+    return run
+
+
+class LayerProgress:
+    """A line for the person who waits: layer, speed, memory, time left."""
+
+    def __init__(self, stream: LayerStream, batches: list[Batch]) -> None:
+        self.bar = console.Progress("layer", len(stream.layers))
+        self.tokens = sum(int((batch.domain_BT >= 0).sum()) for batch in batches)
+        self.device = stream.device
+        self.begun = time.monotonic()
+
+    def batch_begins(self, batch: int) -> None:
+        """Nothing to show."""
+
+    def layer_begins(self, layer: str) -> None:
+        """The clock of this layer starts."""
+        self.begun = time.monotonic()
+
+    def layer_ends(self, layer: str) -> None:
+        """One more layer."""
+        seconds = max(time.monotonic() - self.begun, 1e-9)
+        self.bar.step(f"{self.tokens / seconds:,.0f} tokens/s, {console.size(memory_peak(self.device))} at most")
+
+
+def memory_peak(device: torch.device) -> int:
+    """The most memory that this process has taken, on the device that computes."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Stage 1: score the experts of a model on calibration data. model + calibration -> output/reap_metadata.json"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from moeprune import console, errors
+from moeprune.checkpoint.families import Layout, understand
+from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
+from moeprune.metadata import Sums, digest, header, is_current, to_text, write_json
+from moeprune.planning.decision import Decision, choose_count, decide
+from moeprune.planning.plan import Limits
+from moeprune.settings import Settings, resolve
+
+if TYPE_CHECKING:
+    from moeprune.scoring.calibration import Calibration
+
+KIND = "reap_metadata"
+# Settings that do not change what is measured; all others are part of the fingerprint.
+IRRELEVANT = {"model_path", "output_path", "device", "hidden_memory", "force", "pruned_output_path", "hf_token"}
+
+
+def main(argv: list[str]) -> None:
+    """Score, plan, and write both down."""
+    settings = resolve("reap", argv)
+    begun = time.monotonic()
+    checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
+    layout = understand(checkpoint)
+    result = settings.output_path / "reap_metadata.json"
+    made_from = inputs_fingerprint(settings, checkpoint)
+    if not settings.force and is_current(result, KIND, made_from):
+        console.say(f"{result} is current: same model, calibration and settings; --force scores again")
+    else:
+        write_json(result, score(settings, checkpoint, layout, made_from, begun))
+    print(result)
+
+
+def inputs_fingerprint(settings: Settings, checkpoint: Checkpoint) -> str:
+    """A digest of everything that the result depends on; cheap, and computed before torch is imported."""
+    from moeprune.scoring.sources import request_digest
+
+    values = {name: value for name, value in settings.public()["values"].items() if name not in IRRELEVANT}
+    return digest(fingerprint(checkpoint), request_digest(settings), to_text(values))
+
+
+def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from: str, begun: float) -> dict[str, Any]:
+    """The whole result as JSON. torch and transformers are imported from here on."""
+    console.say(f"model: {describe(checkpoint, layout)}")
+    from moeprune.scoring.calibration import load_calibration
+    from moeprune.scoring.building import read_config
+    from moeprune.scoring.run import load_tokenizer, score_experts
+
+    tokenizer = load_tokenizer(checkpoint, settings)
+    calibration = load_calibration(settings, tokenizer, read_config(checkpoint, settings))
+    scoring_begun = time.monotonic()
+    sums = score_experts(settings, checkpoint, layout, calibration, made_from)
+    seconds = time.monotonic() - scoring_begun
+    decision = planned(settings, checkpoint, layout, sums)
+    summarise(sums, layout, calibration, seconds)
+    return {
+        **header(KIND, ("torch", "transformers", "safetensors", "numpy")),
+        "settings": settings.public(),
+        "inputs": {
+            "fingerprint": made_from,
+            "model": model_facts(checkpoint, layout),
+            "calibration": calibration.summary,
+        },
+        "scores": sums.to_json(),
+        "plan": decision.to_json(),
+        "warnings": console.warnings(),
+        "timing": {"scoring_s": round(seconds, 3), "total_s": round(time.monotonic() - begun, 3)},
+    }
+
+
+def describe(checkpoint: Checkpoint, layout: Layout) -> str:
+    """The model in one line."""
+    return (
+        f"{layout.model_type} in {checkpoint.folder.name}, {console.size(checkpoint.total_bytes)}; "
+        f"{len(layout.blocks)} blocks of {layout.experts} experts, {layout.top_k} for each token"
+    )
+
+
+def model_facts(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
+    """What the result says about the model it was made from."""
+    return {
+        "name": checkpoint.folder.name,
+        "path": str(checkpoint.folder),
+        "fingerprint": fingerprint(checkpoint),
+        "model_type": layout.model_type,
+        "total_bytes": checkpoint.total_bytes,
+        "blocks": len(layout.blocks),
+        "experts": layout.experts,
+        "top_k": layout.top_k,
+        "groups": layout.groups,
+        "top_groups": layout.top_groups,
+    }
+
+
+def planned(settings: Settings, checkpoint: Checkpoint, layout: Layout, sums: Sums) -> Decision:
+    """The plan at the configured ratio; stage 2 makes it anew for another one."""
+    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    choice = choose_count(settings, limits, layout.model_type)
+    scored = {block.block for block in sums.blocks}
+    unscored = {block.name: block.experts for block in layout.blocks if block.name not in scored}
+    trunk = [block.name for block in layout.blocks if block.role == "trunk"]
+    for warning in choice.warnings:
+        console.warn(warning)
+    return decide(settings, sums, choice.count, limits, trunk=trunk, unscored=unscored)
+
+
+def summarise(sums: Sums, layout: Layout, calibration: Calibration, seconds: float) -> None:
+    """What a person should know, on stderr."""
+    tokens = calibration.summary["tokens"]
+    console.say(f"scored {len(sums.blocks)} blocks on {tokens:,} tokens in {console.duration(seconds)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
