@@ -1,0 +1,126 @@
+"""Which experts stay: decided from the scores of stage 1, or read from a plan that was made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune import metadata
+from moeprune.checkpoint.families import Block, Layout
+from moeprune.checkpoint.folder import Checkpoint, fingerprint
+from moeprune.errors import InputError
+from moeprune.planning import decision
+from moeprune.planning.plan import Limits, check_count, make_plan
+from moeprune.pruning.rewrite import Keep, check_groups, check_keep, check_runs
+from moeprune.settings import Settings
+
+SCORES = "reap_metadata.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The experts that stay in each block, where that came from, and what a person should know about it."""
+
+    keep: Keep
+    count: int
+    source: Path  # the scores, or the plan
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout, gone: Collection[str] = ()) -> Choice:
+    """The keep-lists of all blocks that are not `gone` with their layers."""
+    blocks = [block for block in layout.blocks if block.parts[0].tensor not in gone]
+    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    choice = (
+        _from_plan(settings, blocks, limits) if settings.plan else _from_scores(settings, checkpoint, layout, blocks)
+    )
+    check_keep(blocks, choice.keep)
+    check_groups(blocks, choice.keep, layout.groups)
+    check_runs(blocks, choice.keep, layout.run)
+    return choice
+
+
+def _from_plan(settings: Settings, blocks: Sequence[Block], limits: Limits) -> Choice:
+    """A plan from a file; blocks of further-token layers that it does not name keep evenly spaced experts."""
+    path = Path(settings.plan)
+    data = metadata.read_json(path, "the plan")
+    lists = data.get("keep", data.get("plan", {}).get("keep") if isinstance(data.get("plan"), dict) else None)
+    if not isinstance(lists, dict) or not all(_are_numbers(ids) for ids in lists.values()) or not lists:
+        raise InputError(
+            f'{path} must hold {{"keep": {{"model.layers.0": [0, 3, 5], ...}}}}, a list of ids for each block'
+        )
+    keep = {block: tuple(ids) for block, ids in lists.items()}
+    count = len(next(iter(keep.values())))
+    check_count(count, limits)
+    blind = {block.name: block.experts for block in blocks if block.role != "trunk" and block.name not in keep}
+    keep |= make_plan({}, count, limits, unscored=blind).keep
+    return Choice(keep, count, path)
+
+
+def _are_numbers(ids: Any) -> bool:
+    return isinstance(ids, list) and all(type(i) is int for i in ids)
+
+
+def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, blocks: Sequence[Block]) -> Choice:
+    """The plan that the settings make of the sums of stage 1."""
+    path = settings.output_path / SCORES
+    if not path.exists():
+        raise InputError(f"no scores at {path}; run reap.py on the model first, or give a plan with --plan")
+    data = metadata.read_result(path, "reap_metadata")
+    _check_same_model(settings, checkpoint, data, path)
+    sums = metadata.Sums.from_json(data["scores"])
+    _check_same_blocks(sums, blocks, path)
+    each = sum(bytes_per_expert(checkpoint, block) for block in blocks)
+    fixed = sum(checkpoint.tensors[name].nbytes for name in checkpoint.tensors) - each * layout.experts
+    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    count = decision.choose_count(settings, limits, layout.model_type, fixed_bytes=fixed, bytes_per_expert=each)
+    scored = {block.block for block in sums.blocks}
+    decided = decision.decide(
+        settings,
+        sums,
+        count.count,
+        limits,
+        trunk=[block.name for block in blocks if block.role == "trunk"],
+        unscored={block.name: block.experts for block in blocks if block.name not in scored},
+    )
+    wanted = {block.name for block in blocks}
+    keep = {name: ids for name, ids in decided.plan.keep.items() if name in wanted}
+    return Choice(keep, count.count, path, (*count.notes, *decided.sentences()), count.warnings)
+
+
+def _check_same_model(settings: Settings, checkpoint: Checkpoint, data: dict[str, Any], path: Path) -> None:
+    """Scores belong to one checkpoint; those of another copy are taken only when that is asked for."""
+    scored = data.get("inputs", {}).get("model", {})
+    if not settings.other_scores and scored.get("fingerprint") != fingerprint(checkpoint):
+        raise InputError(
+            f"the scores in {path} were made on another model ({scored.get('path', 'unknown')}) than "
+            f"{checkpoint.folder}; run reap.py on it, or pass --other-scores when it is a copy in another format"
+        )
+
+
+def _check_same_blocks(sums: metadata.Sums, blocks: Sequence[Block], path: Path) -> None:
+    scored = {block.block: block.experts for block in sums.blocks}
+    for block in blocks:
+        if block.role == "trunk" and block.name not in scored:
+            raise InputError(
+                f"the scores in {path} lack {block.name}; they are of another model, so run reap.py on this one"
+            )
+        if scored.get(block.name, block.experts) != block.experts:
+            raise InputError(
+                f"the scores in {path} know {scored[block.name]} experts in {block.name}, the model has {block.experts}"
+            )
+
+
+def bytes_per_expert(checkpoint: Checkpoint, block: Block) -> int:
+    """What one expert of a block takes, router rows included."""
+    total = 0
+    for part in block.parts:
+        tensor = checkpoint.tensors[part.tensor]
+        if part.kind == "expert":
+            total += tensor.nbytes
+        elif part.kind == "rows":
+            total += tensor.nbytes // tensor.shape[part.axis] * part.rows_per_expert * block.experts
+    return total // block.experts

@@ -1,0 +1,172 @@
+"""What verify.py looks at, read by its own code: headers, expert numbers in names, counts in configs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune.errors import ResultError
+
+COMPARE_BYTES = 1 << 20  # compared at a time; two such pieces stay in the processor's cache
+COUNT_KEYS = re.compile(
+    r"(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts|moe_num_primary_experts)"
+)
+QUANT_KEYS = re.compile(r"(quantization_config|quantization|compression_config)")
+NUMBERED = {"experts", "local_experts", "gate_up_projs", "down_projs", "chunk_experts"}  # a number follows these
+NUMBER = re.compile(r"(expert_)?(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def header_of(path: Path, strict: bool = False) -> dict[str, Stored]:
+    """The tensors of a file. `strict`: each must begin at a multiple of its element's width, as readers wish."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+    table.pop("__metadata__", None)
+    tensors = {}
+    end = 0
+    for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        width = (stop - start) // max(1, math.prod(entry["shape"]))
+        if start != end or (strict and width and (8 + length + start) % width):
+            raise ResultError(f"{path}: {name} does not begin where it should")
+        end = stop
+        tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, stop - start)
+    if path.stat().st_size != 8 + length + end:
+        raise ResultError(f"{path} has {path.stat().st_size} bytes where its header says {8 + length + end}")
+    return tensors
+
+
+def all_headers(folder: Path) -> dict[str, Stored]:
+    """The tensors of all weight files of a folder; a second copy in a vendor's naming does not count."""
+    files = sorted(folder.glob("*.safetensors"))
+    main = [file for file in files if not file.name.startswith("consolidated")] or files
+    return {name: tensor for file in main for name, tensor in header_of(file).items()}
+
+
+class Reader:
+    """Bytes of tensors; every file is opened once."""
+
+    def __init__(self) -> None:
+        self.handles: dict[Path, int] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles.values():
+            os.close(handle)
+
+    def read(self, tensor: Stored, offset: int, length: int) -> bytes:
+        """`length` bytes of a tensor."""
+        if tensor.file not in self.handles:
+            self.handles[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+        data = os.pread(self.handles[tensor.file], length, tensor.start + offset)
+        if len(data) != length:
+            raise ResultError(f"{tensor.file} is shorter than its header says")
+        return data
+
+    def equal(self, before: Stored, pieces: list[tuple[int, int]], after: Stored) -> bool:
+        """Whether pieces (offset, length) of one tensor, one behind the other, are all of another."""
+        at = 0
+        for offset, length in _joined(pieces):
+            for step in range(0, length, COMPARE_BYTES):
+                size = min(COMPARE_BYTES, length - step)
+                if self.read(before, offset + step, size) != self.read(after, at + step, size):
+                    return False
+            at += length
+        return at == after.nbytes
+
+
+def _joined(pieces: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Pieces that touch, as one."""
+    held = (0, 0)
+    for offset, length in pieces:
+        if held[0] + held[1] == offset:
+            held = (held[0], held[1] + length)
+        else:
+            yield held
+            held = (offset, length)
+    yield held
+
+
+def expert_number(name: str, block: str) -> tuple[int, int] | None:
+    """(place among the dotted parts, number) of the expert that a tensor of a block belongs to."""
+    parts = name.split(".")
+    for place in range(block.count(".") + 2, len(parts)):
+        found = NUMBER.fullmatch(parts[place])
+        if found and parts[place - 1] in NUMBERED:
+            return place, int(found[2])
+    return None
+
+
+def renumbered(name: str, place: int, number: int) -> str:
+    """The name with another expert's number at that place."""
+    parts = name.split(".")
+    parts[place] = NUMBER.sub(lambda found: (found[1] or "") + str(number), parts[place])
+    return ".".join(parts)
+
+
+def counts_in(config: Any) -> Iterator[int]:
+    """Every number of experts that a config states, at any depth."""
+    for key, value in items(config):
+        for item in value if isinstance(value, list) else [value]:
+            if COUNT_KEYS.fullmatch(key) and type(item) is int:
+                yield item
+
+
+def items(config: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        yield key, value
+        yield from items(value)
+
+
+def differences(
+    old: Any, new: Any, allowed: Callable[[str, Any, Any], bool], at: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Every place where two configs differ in a way that is not allowed; sections on quantization are left out."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        if list(old) != list(new):
+            yield f"{'.'.join(at) or 'the top level'} has other keys, or in another order"
+        for key in old.keys() & new.keys():
+            if not QUANT_KEYS.fullmatch(key):
+                yield from differences(old[key], new[key], allowed, (*at, key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for before, after in zip(old, new, strict=True):
+            yield from differences(before, after, allowed, at)
+    elif old != new and not allowed(at[-1] if at else "", old, new):
+        yield f"{'.'.join(at)} went from {old!r} to {new!r}"
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file, but not those in folders whose name begins with a dot."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            yield path
+        elif not path.name.startswith("."):
+            yield from files_below(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(loaded, dict):
+        raise ResultError(f"{path} is not a JSON object")
+    return loaded

@@ -1,0 +1,172 @@
+"""The result as a whole: its name, its files, what is printed before it is made, and the small files in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune import VERSION, metadata
+from moeprune.checkpoint import families, writer
+from moeprune.checkpoint.families import Layout
+from moeprune.checkpoint.folder import Checkpoint, fingerprint
+from moeprune.console import say, size, warn, warnings
+from moeprune.errors import UsageError
+from moeprune.pruning import rewrite
+from moeprune.pruning.choice import SCORES, Choice
+from moeprune.settings import Settings
+
+MANIFEST = "pruning.json"  # in the result: what it was made from, and how
+OUR_FILES = {MANIFEST, SCORES, writer.INDEX}
+BASE_MEMORY = 60_000_000  # bytes; the interpreter, numpy and one buffer
+MEMORY_PER_TENSOR = 2_000  # bytes; headers and actions of the parent, twice
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything about the folder that is to be made, before a byte of it is written."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    layout: Layout
+    choice: Choice
+    gone: frozenset[str]
+    actions: tuple[rewrite.Action, ...]
+    files: tuple[writer.NewFile, ...]
+    target: Path
+    model_fingerprint: str
+    fingerprint: str
+
+    @property
+    def bytes_before(self) -> int:
+        """The weight files of the parent."""
+        return sum(shard.stat().st_size for shard in self.checkpoint.shards)
+
+    @property
+    def bytes_after(self) -> int:
+        """The weight files of the result."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def bytes_beside(self) -> int:
+        """What is carried along."""
+        return sum((self.checkpoint.folder / path).stat().st_size for path in self.checkpoint.side_files)
+
+    def is_current(self) -> bool:
+        """Whether the folder is there, made from exactly these inputs."""
+        return metadata.is_current(self.target / MANIFEST, "pruned_model", self.fingerprint)
+
+
+def plan(settings: Settings, checkpoint: Checkpoint, layout: Layout, choice: Choice, gone: frozenset[str]) -> Result:
+    """Work out the whole result; nothing is written."""
+    done = rewrite.actions(checkpoint, layout, choice.keep, gone)
+    keep = json.dumps({block: choice.keep[block] for block in sorted(choice.keep)})
+    model = fingerprint(checkpoint)
+    made_from = metadata.digest(VERSION, model, keep, json.dumps(sorted(gone)), choice.source)
+    files = rewrite.new_files(checkpoint, done)
+    target = target_of(settings, checkpoint, layout, choice.count)
+    return Result(settings, checkpoint, layout, choice, gone, done, files, target, model, made_from)
+
+
+def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: int) -> Path:
+    """The folder of the result: as asked, else named after the model and the counts."""
+    if settings.pruned_output_path:
+        return Path(settings.pruned_output_path)
+    local = Path(settings.model_path).expanduser().exists()
+    name = checkpoint.folder.name if local else settings.model_path.partition("@")[0].split("/")[-1]
+    return settings.output_path / f"{name}-reap-{kept}of{layout.experts}"
+
+
+def check_target(planned: Result, force: bool) -> None:
+    """Refuse a target that is in use for something else, or a disk that is too small."""
+    target, parent = planned.target.resolve(), planned.checkpoint.folder
+    if target == parent or target in parent.parents or parent in target.parents:
+        raise UsageError(f"{planned.target} is the model itself, or one lies inside the other; choose another folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        ours = (target / MANIFEST).is_file()
+        if not ours:
+            raise UsageError(
+                f"{planned.target} exists and was not made by this tool; choose another folder or remove it"
+            )
+        if not force:
+            raise UsageError(
+                f"{planned.target} holds another result; pass --force to replace it, or choose another folder"
+            )
+    writer.check_room(target, planned.bytes_after + planned.bytes_beside)
+
+
+def describe(planned: Result) -> None:
+    """What is going to happen, for a person."""
+    before, after = planned.bytes_before, planned.bytes_after
+    for note in planned.choice.notes:
+        say(note)
+    for text in planned.choice.warnings:
+        warn(text)
+    counts = rewrite.counts(planned.actions)
+    say(f"model    {planned.checkpoint.folder} ({planned.layout.model_type})")
+    say(f"plan     {planned.choice.count} of {planned.layout.experts} experts in {len(planned.choice.keep)} blocks")
+    say(f"size     {size(before)} -> {size(after)} ({after / before:.1%})")
+    say(f"tensors  {', '.join(f'{kind} {n}' for kind, n in counts.items())}; {len(planned.actions)} in all")
+    needed = BASE_MEMORY + MEMORY_PER_TENSOR * len(planned.actions)
+    say(f"needs    {size(after + planned.bytes_beside)} of disk, about {size(needed)} of memory")
+    say(f"result   {planned.target}")
+
+
+def write_small_files(planned: Result, folder: Path) -> Iterator[Path]:
+    """Everything but the weights: edited where it counts or names experts, else carried along as it is."""
+    checkpoint = planned.checkpoint
+    edited = dict(edited_json(planned))
+    for path in checkpoint.side_files:
+        if path.as_posix() not in OUR_FILES and path.as_posix() not in edited:
+            writer.copy_side_file(checkpoint.folder / path, folder / path)
+            yield folder / path
+    for name, data in edited.items():
+        original = (checkpoint.folder / name).read_text(encoding="utf-8")
+        writer.write_text(folder / name, json_like(original, data))
+        yield folder / name
+    if checkpoint.index is not None:
+        elements = sum(rewrite.elements(action.tensor.shape) for action in planned.actions)
+        writer.write_text(folder / writer.INDEX, writer.index_text(planned.files, checkpoint.index, elements))
+        yield folder / writer.INDEX
+    if planned.choice.source.name == SCORES:
+        writer.copy_side_file(planned.choice.source, folder / SCORES)
+        yield folder / SCORES
+    metadata.write_json(folder / MANIFEST, manifest(planned))
+
+
+def edited_json(planned: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """File name -> content, for the JSON files of the model that say how many experts there are or name them."""
+    config = families.updated_config(planned.checkpoint, planned.layout, planned.choice.count)
+    if planned.gone:
+        config = families.config_without_mtp(config)
+    yield "config.json", config
+
+
+def json_like(original: str, data: Mapping[str, Any]) -> str:
+    """JSON written as the original is: its indentation, its way with letters beyond ASCII, its last line break."""
+    second = original.split("\n", 2)[1] if "\n" in original else ""
+    indent = len(second) - len(second.lstrip(" ")) or None
+    text = json.dumps(data, indent=indent, ensure_ascii=original.isascii())
+    return text + ("\n" if original.endswith("\n") else "")
+
+
+def manifest(planned: Result) -> dict[str, Any]:
+    """What the result was made from and how; its `keep` is a plan that --plan takes."""
+    return metadata.header("pruned_model") | {
+        "settings": planned.settings.public(),
+        "inputs": {
+            "fingerprint": planned.fingerprint,
+            "model": {"path": str(planned.checkpoint.folder), "fingerprint": planned.model_fingerprint},
+            "plan": {"path": str(planned.choice.source), "sha256": metadata.digest(planned.choice.source)},
+        },
+        "model_type": planned.layout.model_type,
+        "experts": planned.layout.experts,
+        "kept": planned.choice.count,
+        "actions": rewrite.counts(planned.actions),
+        "before_bytes": planned.bytes_before,
+        "after_bytes": planned.bytes_after,
+        "keep": {block: list(ids) for block, ids in planned.choice.keep.items()},
+        "warnings": warnings(),
+    }

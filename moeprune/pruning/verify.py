@@ -1,0 +1,242 @@
+"""Prove a result against its parent. This room reads both folders by itself and shares no code with what wrote them.
+
+Every tensor of the parent must be found again, byte by byte, or be one that the keep-lists send away; nothing may be
+missing, extra, out of range or left at its old size. A ResultError here means a bug or a bad disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprune.errors import ResultError
+from moeprune.pruning import evidence
+from moeprune.pruning.evidence import Reader, Stored
+
+VISION = ".vision"  # the block of image experts that share a layer with those for text
+MTP_KEYS = re.compile(r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers|num_mtp_modules|mtp_num_layers")
+ROUTER_WORDS = {"router", "gate", "expert_bias", "e_score_correction_bias", "router_bias"}
+OURS = {"pruning.json", "reap_metadata.json", "model.safetensors.index.json"}
+
+
+class Verification:
+    """One comparison of a result with its parent: `file` for each weight file as it is finished, then `finish`."""
+
+    def __init__(self, parent: Path, child: Path, keep: Mapping[str, tuple[int, ...]], gone: Collection[str]) -> None:
+        self.parent, self.child, self.keep, self.gone = parent, child, dict(keep), frozenset(gone)
+        self.config = evidence.load(parent / "config.json")
+        self.before = evidence.all_headers(parent)
+        self.count = len(next(iter(keep.values())))
+        self.block_of = {name: self._block_of(name) for name in self.before if name not in self.gone}
+        self.experts = {block: self._experts_of(block) for block in keep}
+        self.kinds = {block: self._kinds_of(block) for block in keep}
+        self.origin = dict(filter(None, map(self._destination, self.block_of)))
+
+    def _block_of(self, name: str) -> str:
+        parts = name.split(".")
+        block = next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in self.keep), "")
+        return block + VISION if name.endswith("weight_1") and block + VISION in self.keep else block
+
+    def _experts_of(self, block: str) -> int:
+        """The number of experts before, as the config says; of several statements the one that the names bear out."""
+        said = set(evidence.counts_in(self.config))
+        if len(said) == 1:
+            return said.pop()
+        names = [name for name, owner in self.block_of.items() if owner == block]
+        numbered = {found[1] for name in names if (found := evidence.expert_number(name, block))}
+        lengths = {length for name in names for length in self.before[name].shape}
+        named = {len(numbered), len(numbered) // 2} if numbered else lengths
+        return max(said & named, default=max(self.keep[block]) + 1)
+
+    def _destination(self, name: str) -> tuple[str, str] | None:
+        """(name in the result, name before), or None for a tensor that leaves with its expert."""
+        block = self.block_of[name]
+        found = evidence.expert_number(name, block) if block else None
+        if found is None:
+            return name, name
+        place, number = found
+        new = self._new_number(block, number, shared=name.split(".")[place - 1] == "chunk_experts")
+        return None if new is None else (evidence.renumbered(name, place, new), name)
+
+    def _new_number(self, block: str, number: int, shared: bool) -> int | None:
+        keep, experts = self.keep[block], self.experts[block]
+        if shared:  # two neighbours share one
+            return keep.index(2 * number) // 2 if 2 * number in keep else None
+        if number >= experts * self.kinds[block]:
+            return number - experts + len(keep)  # behind all experts, and always there
+        kind, old = divmod(number, experts)
+        keep = self.keep[block + VISION] if kind else keep
+        return keep.index(old) + kind * len(keep) if old in keep else None
+
+    def _kinds_of(self, block: str) -> int:
+        """2 where text and image experts are numbered one behind the other, else 1."""
+        return 2 if block + VISION in self.keep else 1
+
+    def file(self, path: Path) -> None:
+        """Compare every tensor of one file of the result with the parent's bytes."""
+        with Reader() as reader:
+            for name, after in evidence.header_of(path, strict=True).items():
+                if name not in self.origin:
+                    raise ResultError(f"{path} holds {name}, which must not be there")
+                before, block = self.before[self.origin[name]], self.block_of[self.origin[name]]
+                if before.dtype != after.dtype:
+                    raise ResultError(f"{name} has become {after.dtype} from {before.dtype}")
+                compare = self._same if before.shape == after.shape else self._rows
+                compare(reader, name, before, after, block)
+
+    def _same(self, reader: Reader, name: str, before: Stored, after: Stored, block: str) -> None:
+        if name.endswith("tid2eid") and block:
+            _check_table(name, _table(reader, before), _table(reader, after), self.keep[block])
+        elif not reader.equal(before, [(0, before.nbytes)], after):
+            raise ResultError(f"{name} differs from the parent's; check the disk")
+
+    def _rows(self, reader: Reader, name: str, before: Stored, after: Stored, block: str) -> None:
+        """A tensor that shrank must hold exactly the rows of the experts that stay, and those behind all experts."""
+        axis, rows = self._expected_rows(name, before, after, block)
+        if "moe_statics" in name and block + VISION in self.keep:
+            old, new = (_bytes_along(reader, tensor, axis) for tensor in (before, after))
+            lists = (rows, self.keep[block + VISION])
+            right = all(np.array_equal(old[i, list(lists[i])], new[i]) for i in range(2))
+        elif axis == 0:
+            width = before.nbytes // before.shape[0]
+            right = reader.equal(before, [(row * width, width) for row in rows], after)
+        else:
+            old, new = (_bytes_along(reader, tensor, axis) for tensor in (before, after))
+            right = np.array_equal(np.take(old, rows, axis=axis), new)
+        if not right:
+            raise ResultError(f"{name} does not hold the values of the experts that stay")
+
+    def _expected_rows(self, name: str, before: Stored, after: Stored, block: str) -> tuple[int, list[int]]:
+        changed = f"{name} went from {list(before.shape)} to {list(after.shape)}"
+        if not block or len(before.shape) != len(after.shape) or self.experts[block] == self.count:
+            raise ResultError(f"{changed}, and it is in no block that was cut")
+        pairs = list(zip(before.shape, after.shape, strict=True))
+        axes = [axis for axis, (old, new) in enumerate(pairs) if old != new]
+        experts, keep = self.experts[block], self.keep[block]
+        old, new = pairs[axes[0]]
+        each, rest = divmod(old - new, experts - len(keep))
+        tail = old - experts * each
+        if len(axes) != 1 or rest or not 0 <= tail < experts or new != len(keep) * each + tail:
+            raise ResultError(f"{changed}, which is not {len(keep)} of {experts} experts")
+        rows = [expert * each + i for expert in keep for i in range(each)]
+        return axes[0], rows + list(range(experts * each, old))
+
+    def finish(self, left_behind: Collection[Path] = ()) -> None:
+        """What no single file shows: nothing missing, all blocks cut alike, index, config and side files right."""
+        after = evidence.all_headers(self.child)
+        missing = sorted(self.origin.keys() - after.keys())
+        if missing:
+            raise ResultError(f"{len(missing)} tensor(s) are missing from the result, first {missing[0]}")
+        self._check_gone()
+        self._check_blocks(after)
+        self._check_index(after)
+        for problem in evidence.differences(self.config, evidence.load(self.child / "config.json"), self._may_change):
+            raise ResultError(f"config.json of the result: {problem}")
+        self._check_side_files({path.as_posix() for path in left_behind})
+
+    def _check_gone(self) -> None:
+        """Only layers that predict further tokens may go as a whole."""
+        layers = [
+            v for k, v in evidence.items(self.config) if k in ("num_hidden_layers", "n_layers") and type(v) is int
+        ]
+        for name in self.gone:
+            numbers = [int(n) for n in re.findall(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.", name)]
+            if "mtp" not in name and not any(number >= min(layers, default=0) for number in numbers):
+                raise ResultError(f"{name} was dropped but belongs to no layer for further tokens")
+
+    def _check_blocks(self, after: Mapping[str, Stored]) -> None:
+        """Blocks that are built alike must be cut alike, and none may keep a router of the old size."""
+        cut: dict[str, set[str]] = {block: set() for block in self.keep}
+        built: dict[str, set[str]] = {block: set() for block in self.keep}
+        for name, old in self.origin.items():
+            block = self.block_of[old]
+            if block:
+                suffix = re.sub(r"(?<=\.)(expert_)?\d+(?=\.)", "*", name[len(block) :])
+                built[block].add(f"{suffix} {self.before[old].shape}")
+                if after[name].shape != self.before[old].shape:
+                    cut[block].add(suffix)
+                elif self._looks_uncut(block, suffix, after[name].shape):
+                    raise ResultError(f"{name} still has the size for {self.experts[block]} experts")
+        alike = {frozenset(built[block]): block for block in self.keep}
+        for block in self.keep:
+            like = alike[frozenset(built[block])]
+            if cut[block] != cut[like]:
+                raise ResultError(f"{block} and {like} are built alike but were cut differently")
+            if not cut[block] and self.experts[block] > self.count:
+                raise ResultError(f"nothing of {block} was cut, not even its router")
+
+    def _looks_uncut(self, block: str, suffix: str, shape: tuple[int, ...]) -> bool:
+        words = set(suffix.split("."))
+        of_experts = words & (ROUTER_WORDS | evidence.NUMBERED) and "*" not in words and "shared" not in suffix
+        return bool(of_experts) and self.count < self.experts[block] and shape[:1] == (self.experts[block],)
+
+    def _check_index(self, after: Mapping[str, Stored]) -> None:
+        path = self.child / "model.safetensors.index.json"
+        if (self.parent / path.name).exists() != path.exists():
+            raise ResultError(f"{path} must be there exactly when the parent has one")
+        if not path.exists():
+            return
+        index = evidence.load(path)
+        listed = index["weight_map"]
+        named = set(listed.values())
+        wrong = [name for name, file in listed.items() if name not in after or after[name].file.name != file]
+        wrong += [name for name, tensor in after.items() if tensor.file.name in named and name not in listed]
+        if wrong:
+            raise ResultError(f"the index of the result is wrong about {wrong[0]}")
+        if index["metadata"]["total_size"] != sum(after[name].nbytes for name in listed):
+            raise ResultError("the index of the result states a wrong total_size")
+
+    def _may_change(self, key: str, old: Any, new: Any) -> bool:
+        """Whether one value of the config may have changed so."""
+        if evidence.COUNT_KEYS.fullmatch(key) and type(old) is int:
+            return old in self.experts.values() and new == self.count
+        return bool(MTP_KEYS.fullmatch(key) and self.gone and new == 0)
+
+    def _check_side_files(self, left_behind: set[str]) -> None:
+        for path in evidence.files_below(self.parent):
+            name = path.relative_to(self.parent).as_posix()
+            weights = path.suffix == ".safetensors" and path.parent == self.parent
+            if name in OURS or name in left_behind or name == "config.json" or weights:
+                continue
+            if not (self.child / name).is_file():
+                raise ResultError(f"{name} was not carried along")
+            if path.read_bytes() != (self.child / name).read_bytes() and not re.search(r"quant|recipe", name):
+                raise ResultError(f"{name} differs from the parent's")
+        for path in [self.child / "config.json", *self.child.glob("*quant*.json")]:
+            self._check_numbers(path)
+
+    def _check_numbers(self, path: Path) -> None:
+        """No entry, such as one on quantization, may name an expert that is not there any more."""
+        numbers = re.findall(r"[A-Za-z0-9]\.experts\.(\d+)(?![\d*\\\[])", path.read_text(encoding="utf-8"))
+        if any(int(number) >= self.count for number in numbers):
+            raise ResultError(f"{path.name} of the result names an expert that is not there any more")
+        for key, value in evidence.items(evidence.load(path)):
+            if evidence.COUNT_KEYS.fullmatch(key) and value in self.experts.values() and value != self.count:
+                raise ResultError(f"{path.name} of the result still says {key} = {value}")
+
+
+def _bytes_along(reader: Reader, tensor: Stored, axis: int) -> NDArray[np.uint8]:
+    data = np.frombuffer(reader.read(tensor, 0, tensor.nbytes), np.uint8)
+    return data.reshape(*tensor.shape[: axis + 1], -1)
+
+
+def _table(reader: Reader, tensor: Stored) -> NDArray[np.int64]:
+    data = np.frombuffer(reader.read(tensor, 0, tensor.nbytes), {"I64": "<i8", "I32": "<i4"}[tensor.dtype])
+    return data.reshape(tensor.shape).astype(np.int64)
+
+
+def _check_table(name: str, old: NDArray[np.int64], new: NDArray[np.int64], keep: tuple[int, ...]) -> None:
+    """Experts that stay keep their places in every row, and no row names one expert twice that did not before."""
+    if new.size and not 0 <= new.min() <= new.max() < len(keep):
+        raise ResultError(f"{name} names an expert that does not exist")
+    for place, expert in enumerate(keep):
+        if not (new[old == expert] == place).all():
+            raise ResultError(f"{name} is wrong about expert {expert}")
+    doubles = [np.any(np.diff(np.sort(table, axis=1), axis=1) == 0, axis=1) for table in (old, new)]
+    if np.any(doubles[1] & ~doubles[0]):
+        raise ResultError(f"{name} names one expert twice in a row")
