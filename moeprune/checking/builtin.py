@@ -1,4 +1,4 @@
-"""The built-in held-out set: small, public-domain facts and exact answers, for models that come without data of their own.
+"""The built-in held-out set: public-domain facts and exact answers, for models that come without data of their own.
 
 It is enough to see a broken model, not to see small losses; the report says so.
 """
@@ -46,7 +46,7 @@ CODE = [
     "def add(a, b):\n    return a + b\n\n\ndef mean(values):\n    return sum(values) / len(values)\n",
     "SELECT name, COUNT(*) FROM orders WHERE year = 2020 GROUP BY name ORDER BY name;\n",
     "for (int i = 0; i < n; i++) {\n    total += values[i];\n}\n",
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self.items.append(item)\n",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n",
 ]
 PROSE = [
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness.",

@@ -15,6 +15,8 @@ from moeprune.settings import Settings
 PASS, FAIL, NOT_TESTED = "pass", "fail", "not tested"
 NOTICEABLE_KL = 0.05  # between an 8-bit and a 4-bit quantization: below it few people notice
 
+CHANCE_SHARE = 0.85  # of the KL of a drawn cut; REAP has 0.05 (25%), 0.27 (50%) and 0.73 (75%) on the demo-sized model
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -72,6 +74,19 @@ def _domains(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     return [Check("worst domain", PASS, text, row["kl"] > max(settings.max_kl, 2 * NOTICEABLE_KL))]
 
 
+def _against_chance(report: Mapping[str, Any], _settings: Settings) -> list[Check]:
+    """A thoughtful choice of experts beats a drawn one clearly, whatever the model and the ratio."""
+    drawn = report.get("random_cuts")
+    if not drawn or not report.get("fidelity"):
+        why = "nothing was cut" if drawn == [] else _missing(report)
+        return [Check("better than chance", NOT_TESTED, why)]
+    own = report["fidelity"]["overall"]["kl"]
+    chance = sum(row["kl"] for row in drawn) / len(drawn)
+    text = f"KL {own:.3f}; {len(drawn)} cuts of the same size with drawn experts cost {chance:.3f} on average"
+    bad = own > CHANCE_SHARE * chance and own > NOTICEABLE_KL
+    return [_limit("better than chance", text, bad, f"limit {CHANCE_SHARE:.0%} of that", own > 0.6 * chance)]
+
+
 def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     """Is the generated text broken more often than the parent's?"""
     generation = report.get("generation")
@@ -125,4 +140,4 @@ def _missing(report: Mapping[str, Any]) -> str:
     return str(report.get("not_tested", {}).get("fidelity", "no parent to compare with"))
 
 
-CHECKS: tuple[Rule, ...] = (_structure, _fidelity, _domains, _text)
+CHECKS: tuple[Rule, ...] = (_structure, _fidelity, _against_chance, _domains, _text)

@@ -212,7 +212,7 @@ def _pairs(
     """The pairs to look at: the smoke prompts, then the worst first, a few of each domain."""
     worst = sorted(range(len(prompts)), key=lambda i: (i >= len(SMOKE), -_badness(i, parent, child), i))
     shown: Counter[str] = Counter()
-    chosen = []
+    chosen: list[int] = []
     for i in worst:
         shown[prompts[i].domain] += 1
         if shown[prompts[i].domain] <= max(3, SHOWN // 15) and len(chosen) < SHOWN:

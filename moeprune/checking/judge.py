@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import console, metadata
-from moeprune.checking import checks, fidelity, generation, samples, structure, subject
-from moeprune.checkpoint.folder import locate_model, open_checkpoint
-from moeprune.checkpoint.folder import fingerprint as fingerprint_of
+from moeprune.checking import checks, fidelity, generation, masking, samples, structure, subject
+from moeprune.checkpoint import folder as checkpoints
 from moeprune.errors import InputError, ResultError
 from moeprune.settings import Settings
 
 KIND = "test_report"
+RANDOM_CUTS = 2
 GENERATING_TOKENS = 16_384  # prompt and new tokens in one batch of greedy generation
 
 
@@ -61,7 +61,7 @@ def find(settings: Settings) -> Case:
     if not named:
         return Case(pruned, None, keep, "no parent is known; pass --model-path")
     try:
-        return Case(pruned, locate_model(named, settings.hf_token), keep)
+        return Case(pruned, checkpoints.locate_model(named, settings.hf_token), keep)
     except InputError as error:
         if settings.model_path:
             raise
@@ -87,7 +87,7 @@ SHAPING = ("seed", "dtype", "max_seq_len", "evaluation_samples", "generations", 
 def fingerprint(case: Case, settings: Settings) -> str:
     """Over both models, the held-out data and every setting that can change a number or a verdict."""
     parts: list[str | Path] = [str(getattr(settings, name)) for name in SHAPING]
-    parts += [fingerprint_of(open_checkpoint(folder)) for folder in (case.pruned, case.parent) if folder]
+    parts += [checkpoints.fingerprint(checkpoints.open_checkpoint(f)) for f in (case.pruned, case.parent) if f]
     parts.append(json.dumps(case.keep))
     parts += [Path(settings.evaluation_path)] if settings.evaluation_path else ["built-in"]
     return metadata.digest(*parts)
@@ -147,12 +147,31 @@ def _compare(
     parent = subject.Loaded(case.parent, settings)
     parent_texts = _writer(parent, tokenizer, "parent", settings).write(asked)
     batches = samples.batches(held_out, tokenizer, settings.max_seq_len, settings.batch_size)
-    tokens = fidelity.compare(parent, child, batches, (parent.states(batches), child.states(batches)))
+    states = parent.states(batches)
+    tokens = fidelity.compare(parent, child, batches, (states, child.states(batches)))
     return {
         "fidelity": fidelity.summary(tokens, held_out, settings.seed),
+        "random_cuts": _random_cuts(parent, case.keep, settings, (held_out, batches, states)),
         "structure": structure.examine(parent.model, child.model, case.keep, batches),
         "generation": generation.judge(asked, parent_texts, texts, exact),
     }
+
+
+def _random_cuts(
+    parent: subject.Loaded, keep: masking.Keep | None, settings: Settings, data: tuple[Any, Any, Any]
+) -> list[dict[str, Any]]:
+    """What cuts of the same size cost whose experts are drawn: the scale on which the real cut is read."""
+    held_out, batches, states = data
+    blocks = {block.name: block for block in masking.routed_blocks(parent.model)} if keep else {}
+    if not keep or all(len(masking.keep_of_layer(keep, b) or range(b.count)) == b.count for b in blocks.values()):
+        return []
+    found = []
+    for turn in range(RANDOM_CUTS):
+        plan = masking.random_keep(parent.model, keep, settings.seed + turn)
+        tokens = fidelity.compare(parent, parent, batches, (states, parent.states(batches, plan)))
+        row = fidelity.summary(tokens, held_out, settings.seed)["overall"]
+        found.append({name: row[name] for name in ("kl", "kl_interval", "loss", "same_top")})
+    return found
 
 
 def _writer(who: subject.Loaded, tokenizer: Any, label: str, settings: Settings) -> generation.LoadedWriter:

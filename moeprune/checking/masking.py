@@ -8,7 +8,9 @@ transformers' experts registry that were tried); anything else is refused with a
 
 from __future__ import annotations
 
+import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -28,7 +30,7 @@ LAYER_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 active: ContextVar[Keep | None] = ContextVar("active", default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routed:
     """One layer's router and experts in memory."""
 
@@ -38,6 +40,9 @@ class Routed:
     router: torch.nn.Module
     experts: torch.nn.Module
     count: int
+
+
+Seen = Callable[[Routed, torch.Tensor], None]
 
 
 def routed_blocks(model: torch.nn.Module) -> tuple[Routed, ...]:
@@ -81,7 +86,8 @@ def _router(block: torch.nn.Module, experts: torch.nn.Module, count: int) -> tor
         and name
     ]
     named = [module for name, module in owners if re.search(r"(^|\.)(gate|router|classifier|wg)(\.|$)", name)]
-    return (named or [module for _, module in owners] or [None])[0]
+    candidates = named or [module for _, module in owners]
+    return candidates[0] if candidates else None
 
 
 class _RouterMode(TorchFunctionMode):
@@ -100,12 +106,11 @@ class _RouterMode(TorchFunctionMode):
 
 
 @contextmanager
-def maskable(model: torch.nn.Module) -> Iterator[None]:
-    """Within this, forwards of `model` obey `active`."""
-    blocks = routed_blocks(model)
+def maskable(blocks: Sequence[Routed], seen: Seen | None = None) -> Iterator[None]:
+    """Within this, forwards through the blocks obey `active`; `seen` is shown the router logits as they were."""
     with ExitStack() as stack:
         for routed in blocks:
-            stack.enter_context(replaced_forward(routed.router, _masked_forward(routed)))
+            stack.enter_context(replaced_forward(routed.router, _masked_forward(routed, seen)))
         yield
 
 
@@ -113,7 +118,7 @@ def maskable(model: torch.nn.Module) -> Iterator[None]:
 def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within this, `module` computes `forward`; what stood there before (a hook library's wrapper, too) comes back."""
     before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
@@ -122,18 +127,24 @@ def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> It
             module.forward = before
 
 
-def _masked_forward(routed: Routed) -> Callable[..., Any]:
+def _masked_forward(routed: Routed, seen: Seen | None) -> Callable[..., Any]:
     original = routed.router.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         keep = active.get()
         stays = None if keep is None else keep_of_layer(keep, routed)
-        if stays is None:
+        if stays is None and seen is None:
             return original(*args, **kwargs)
-        device = next(routed.router.parameters()).device
-        dropped_E = torch.ones(routed.count, dtype=torch.bool, device=device)
-        dropped_E[list(stays)] = False
-        mode = _RouterMode(routed.count, lambda logits: logits.masked_fill(dropped_E, float("-inf")))
+        dropped_E = torch.zeros(routed.count, dtype=torch.bool, device=next(routed.router.parameters()).device)
+        if stays is not None:
+            dropped_E.logical_not_()[list(stays)] = False
+
+        def change(logits: torch.Tensor) -> torch.Tensor:
+            if seen is not None:
+                seen(routed, logits)
+            return logits.masked_fill(dropped_E, float("-inf"))
+
+        mode = _RouterMode(routed.count, change)
         with _masked_biases(routed, dropped_E), mode:
             result = original(*args, **kwargs)
         if mode.seen != 1:
@@ -164,6 +175,25 @@ def keep_of_layer(keep: Keep, routed: Routed) -> Sequence[int] | None:
     if len(same) > 1:  # two stacks number their layers alike: the longer common beginning decides
         same.sort(key=lambda name: -len(_common(name, routed.name)))
     return keep[same[0]] if same else None
+
+
+def random_keep(model: Any, keep: Keep, seed: int) -> dict[str, list[int]]:
+    """A plan of the same size whose experts are drawn, with as many from each routing group: what no thought costs."""
+    generator = random.Random(seed)
+    drawn: dict[str, list[int]] = {}
+    for routed in routed_blocks(model):
+        stays = keep_of_layer(keep, routed)
+        if stays is not None:
+            width = routed.count // _groups(model)
+            by_group = Counter(expert // width for expert in stays)
+            chosen = [generator.sample(range(g * width, (g + 1) * width), n) for g, n in by_group.items()]
+            drawn[routed.name] = sorted(expert for group in chosen for expert in group)
+    return drawn
+
+
+def _groups(model: Any) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "n_group", None) or getattr(config, "n_groups", None) or 1)
 
 
 def _common(one: str, other: str) -> list[str]:

@@ -1,9 +1,312 @@
-"""Is the pruned model exactly its parent without the dropped experts?"""
+"""Is the pruned model exactly its parent without the dropped experts? If not: which layer, which expert, and how.
+
+Both run over the same held-out tokens, the parent with its dropped experts masked. The pruned model gets the parent's
+input and output at every routed block, so that each layer is examined by itself and one damage does not hide the next.
+
+Legend: T tokens, E experts of the parent, C experts of the child, K experts per token, H hidden.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 
-def examine(parent: Any, child: Any, keep: Any, batches: Any) -> dict[str, Any]:
-    return {"status": "not tested", "reason": "not yet"}
+from moeprune.checking import masking
+from moeprune.checking.masking import Keep, Routed
+from moeprune.checking.samples import Batch
+from moeprune.checking.subject import judged_states
+from moeprune.errors import InputError
+
+TOKENS = 20_000  # enough for each of 256 experts to be chosen hundreds of times
+TOLERANCE = {torch.float32: 1e-3}  # relative to the norm of the parent's vector
+TOLERANCE_16_BIT = 0.05
+OFF_SHARE = 0.2  # a part is called different when it is so for this share of its tokens: a near tie may flip a few
+
+
+@dataclass
+class Trace:
+    """What one routed block saw and made, for one batch."""
+
+    input_TH: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    index_TK: torch.Tensor | None = None
+    gate_TK: torch.Tensor | None = None
+    routed_TH: torch.Tensor | None = None
+    output: Any = None
+
+
+@dataclass
+class Tally:
+    """Tokens seen and tokens that differ, by part of a layer: ("router", 3) -> [seen, off]."""
+
+    parts: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+
+    def add(self, part: str, number: int, seen: float, off: float) -> None:
+        """Count tokens."""
+        entry = self.parts[part, number]
+        entry[0] += seen
+        entry[1] += off
+
+    def off(self, part: str) -> list[int]:
+        """The numbers of the parts of this kind that differ."""
+        return [number for (name, number), (seen, off) in self.parts.items() if name == part and off > OFF_SHARE * seen]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One layer in both models, and the parent's ids of the child's experts."""
+
+    parent: Routed
+    child: Routed
+    keep: tuple[int, ...]
+
+
+def examine(parent: Any, child: Any, keep: Keep | None, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Status and reason, with the differences by layer."""
+    try:
+        pairs = paired(masking.routed_blocks(parent), masking.routed_blocks(child), keep)
+    except InputError as error:
+        return {"status": "not tested", "reason": str(error)}
+    tallies = [Tally() for _ in pairs]
+    ending, tokens = Tally(), 0
+    for batch in batches:
+        if tokens < TOKENS:
+            tokens += int(batch.attended_BT.sum())
+            _compare_batch((parent, child), pairs, batch, tallies, ending)
+    found = [sentence for pair, tally in zip(pairs, tallies, strict=True) for sentence in _sentences(pair, tally)]
+    if ending.off("states"):
+        found.append(
+            "the final states differ although every routed block agrees: look at the last layers' other weights"
+        )
+    if ending.off("logits"):
+        found.append("the output head differs")
+    return _finding(found, pairs, tallies, tokens)
+
+
+def _finding(found: list[str], pairs: Sequence[Pair], tallies: Sequence[Tally], tokens: int) -> dict[str, Any]:
+    unseen = sum(
+        len(pair.keep) - sum(name == "expert" for name, _ in tally.parts)
+        for pair, tally in zip(pairs, tallies, strict=True)
+    )
+    good = (
+        f"{tokens} tokens through {len(pairs)} routed layers: computes what the parent does without the dropped experts"
+    )
+    if unseen:
+        good += f"; {unseen} kept experts were never chosen here and were not compared"
+    reason = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "") if found else good
+    return {"status": "fail" if found else "pass", "reason": reason, "warning": bool(unseen), "findings": found,
+            "tokens": tokens, "never_chosen": unseen}  # fmt: skip
+
+
+def paired(parents: Sequence[Routed], children: Sequence[Routed], keep: Keep | None) -> list[Pair]:
+    """The layers of both models side by side; InputError when they cannot be told apart without a plan."""
+    if [p.name for p in parents] != [c.name for c in children]:
+        raise InputError("parent and pruned model do not have the same routed layers")
+    pairs = []
+    for one, other in zip(parents, children, strict=True):
+        stays = masking.keep_of_layer(keep, one) if keep else None
+        if stays is None and one.count != other.count:
+            raise InputError("the pruned folder's reap_metadata.json does not say which experts were kept")
+        chosen = tuple(range(one.count)) if stays is None else tuple(stays)
+        if len(chosen) != other.count or max(chosen, default=0) >= one.count:
+            raise InputError(f"{one.name}: the plan keeps {len(chosen)} experts, the model has {other.count}")
+        pairs.append(Pair(one, other, chosen))
+    return pairs
+
+
+def _compare_batch(
+    models: tuple[Any, Any], pairs: Sequence[Pair], batch: Batch, tallies: Sequence[Tally], ending: Tally
+) -> None:
+    parent, child = models
+    plan = {pair.parent.name: pair.keep for pair in pairs}
+    with watched([pair.parent for pair in pairs]) as before, masking.keeping(plan):
+        expected_ND = judged_states(parent, batch)
+    with watched([pair.child for pair in pairs], instead=before) as after, masking.keeping(None):
+        states_ND = judged_states(child, batch)
+    attended_T = batch.attended_BT.flatten().bool()
+    for pair, tally, one, other in zip(pairs, tallies, before, after, strict=True):
+        _compare_layer(pair, tally, one, other, attended_T)
+    ending.add("states", 0, len(states_ND), float(_off(expected_ND, states_ND).sum()))
+    _compare_head(models, expected_ND[:256], ending)
+
+
+def _compare_head(models: tuple[Any, Any], states_ND: torch.Tensor, ending: Tally) -> None:
+    from moeprune.checking.subject import head_logits
+
+    one_NV, other_NV = (head_logits(model, states_ND).cpu() for model in models)
+    width = min(one_NV.shape[-1], other_NV.shape[-1])
+    ending.add("logits", 0, len(one_NV), float(_off(one_NV[:, :width], other_NV[:, :width]).sum()))
+
+
+@contextmanager
+def watched(blocks: Sequence[Routed], instead: Sequence[Trace] | None = None) -> Iterator[list[Trace]]:
+    """Traces of one forward. With `instead`, the blocks get these inputs and hand on these outputs."""
+    traces = [Trace() for _ in blocks]
+    place = {id(routed): trace for routed, trace in zip(blocks, traces, strict=True)}
+    with ExitStack() as stack:
+        for position, (routed, trace) in enumerate(zip(blocks, traces, strict=True)):
+            given = instead[position] if instead else None
+            for handle in _hooks(routed, trace, given):
+                stack.callback(handle.remove)
+        stack.enter_context(masking.maskable(blocks, lambda routed, x: setattr(place[id(routed)], "logits", x)))
+        yield traces
+
+
+def _hooks(routed: Routed, trace: Trace, given: Trace | None) -> list[Any]:
+    def enter(_module: Any, args: Any) -> Any:
+        trace.input_TH = args[0]
+        return None if given is None else (given.input_TH.to(args[0].device), *args[1:])
+
+    def leave(_module: Any, _args: Any, output: Any) -> Any:
+        trace.output = output
+        return None if given is None else given.output
+
+    def experts_enter(_module: Any, args: Any) -> None:
+        if len(args) == 3 and torch.is_tensor(args[1]) and not args[1].is_floating_point():
+            trace.index_TK, trace.gate_TK = args[1], args[2]
+
+    def experts_leave(_module: Any, _args: Any, output: Any) -> None:
+        trace.routed_TH = output if torch.is_tensor(output) else output[0]
+
+    return [
+        routed.block.register_forward_pre_hook(enter),
+        routed.block.register_forward_hook(leave),
+        routed.experts.register_forward_pre_hook(experts_enter),
+        routed.experts.register_forward_hook(experts_leave),
+    ]
+
+
+def _compare_layer(pair: Pair, tally: Tally, one: Trace, other: Trace, attended_T: torch.Tensor) -> None:
+    keep = torch.tensor(pair.keep)
+    flat: Callable[[Any], torch.Tensor] = lambda x: _tensor(x).flatten(0, -2).cpu()[attended_T]  # noqa: E731
+    tally.add("before", 0, int(attended_T.sum()), float(_off(flat(one.input_TH), flat(other.input_TH)).sum()))
+    logits_TE, logits_TC = flat(one.logits).float(), flat(other.logits).float()
+    expected_TC = logits_TE[:, keep]
+    size = expected_TC.abs().mean() + 1e-12
+    off_TC = ~((expected_TC - logits_TC).abs() <= _tolerance(flat(one.input_TH)) * size)
+    for expert, off in enumerate(off_TC.sum(0).tolist()):
+        tally.add("router", expert, len(off_TC), off)
+    if one.index_TK is None or other.index_TK is None:
+        tally.add("routed", 0, len(off_TC), float(_off(flat(one.routed_TH), flat(other.routed_TH)).sum()))
+    else:
+        _compare_experts(pair, tally, [flat(t) for t in (one.index_TK, keep[_tensor(other.index_TK).cpu()],
+                         one.gate_TK, other.gate_TK, one.routed_TH, other.routed_TH)])  # fmt: skip
+    routed_same_T = ~_off(flat(one.routed_TH), flat(other.routed_TH))
+    off_T = _off(flat(one.output), flat(other.output)) & routed_same_T
+    tally.add("beside", 0, float(routed_same_T.sum()), float(off_T.sum()))
+
+
+def _compare_experts(pair: Pair, tally: Tally, tensors: list[torch.Tensor]) -> None:
+    """Choices, gate values, and (where both agree) each expert's part in what differs."""
+    index_TK, other_TK, gate_TK, other_gate_TK, routed_TH, other_TH = tensors
+    same_T = (index_TK.sort(-1).values == other_TK.sort(-1).values).all(-1)
+    tally.add("choice", 0, len(same_T), float((~same_T).sum()))
+    one_TK, two_TK = (g.gather(-1, i.argsort(-1)) for g, i in ((gate_TK, index_TK), (other_gate_TK, other_TK)))
+    gates_off_T = _off(one_TK, two_TK) & same_T
+    tally.add("gates", 0, float(same_T.sum()), float(gates_off_T.sum()))
+    fair_T = same_T & ~gates_off_T
+    off_T = _off(routed_TH, other_TH)
+    for expert, original in enumerate(pair.keep):
+        chosen_T = (index_TK == original).any(-1) & fair_T
+        if chosen_T.any():
+            tally.add("expert", expert, float(chosen_T.sum()), float((off_T & chosen_T).sum()))
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    tensor: torch.Tensor = value if torch.is_tensor(value) else value[0]
+    return tensor if tensor.ndim > 1 else tensor[None]
+
+
+def _tolerance(x: torch.Tensor) -> float:
+    return TOLERANCE.get(x.dtype, TOLERANCE_16_BIT)
+
+
+def _off(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """Rows that differ by more than the tolerance (or are not numbers)."""
+    distance = (expected.float() - got.float()).norm(dim=-1)
+    return ~(distance <= _tolerance(expected) * expected.float().norm(dim=-1) + 1e-12)
+
+
+def _sentences(pair: Pair, tally: Tally) -> list[str]:
+    """What differs in a layer, most telling first."""
+    layer, found = f"layer {pair.parent.layer}", []
+    rows, experts = tally.off("router"), _culprits(tally)
+    if tally.off("before"):
+        found.append(f"{layer}: what reaches the experts differs (attention, norms or embedding)")
+    if len(rows) > max(2, len(pair.keep) // 2):
+        found.append(
+            f"{layer}: {len(rows)} of {len(pair.keep)} router rows differ: not the experts that the plan names"
+        )
+    else:
+        found += [f"{layer}: router row of {_name(pair, row)} {_router_hint(pair, row)}" for row in rows]
+    if not rows and tally.off("choice"):
+        found.append(
+            f"{layer}: other experts are chosen although the router's rows agree (correction bias, groups, top-k)"
+        )
+    if not rows and tally.off("gates"):
+        found.append(f"{layer}: gate values differ although the same experts are chosen (scaling or normalisation)")
+    found += [f"{layer}: {_name(pair, expert)} {_expert_hint(pair, expert)}" for expert in experts]
+    if tally.off("routed") and not rows:
+        found.append(f"{layer}: the routed experts' output differs")
+    if tally.off("beside"):
+        found.append(f"{layer}: the shared expert or what else stands beside the routed ones differs")
+    return found
+
+
+def _culprits(tally: Tally) -> list[int]:
+    """Experts all of whose tokens differ; a guiltless one only shares some tokens with a damaged one."""
+    share = {n: off / seen for (name, n), (seen, off) in tally.parts.items() if name == "expert" and seen}
+    return [expert for expert, value in share.items() if value > 0.95]
+
+
+def _name(pair: Pair, expert: int) -> str:
+    original = pair.keep[expert]
+    return f"expert {expert}" if original == expert else f"expert {expert} (the parent's {original})"
+
+
+def _router_hint(pair: Pair, row: int) -> str:
+    mine, theirs = _router_rows(pair.child), _router_rows(pair.parent)
+    if mine is None or theirs is None:
+        return "differs"
+    ratio = _ratio(mine[row], theirs[pair.keep[row]])
+    distance_E = (theirs.float() - mine[row].float()).norm(dim=-1) / (mine[row].float().norm() + 1e-12)
+    nearest = int(distance_E.argmin())
+    if distance_E[nearest] < 0.01 and nearest != pair.keep[row]:
+        return f"is the row of the parent's expert {nearest}: rows were swapped"
+    return f"is {ratio}"
+
+
+def _router_rows(routed: Routed) -> torch.Tensor | None:
+    own = (p for p in routed.router.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == routed.count)
+    return next((p.data for p in own if not p.is_meta), None)
+
+
+def _expert_hint(pair: Pair, expert: int) -> str:
+    """How its tensors relate to the parent's."""
+    theirs: Mapping[str, torch.Tensor] = dict(pair.parent.experts.named_parameters())
+    for name, mine in pair.child.experts.named_parameters():
+        source = theirs.get(name)
+        if source is None or mine.is_meta or source.is_meta or mine.shape[0] != pair.child.count:
+            continue
+        one, other = mine.data[expert], source.data[pair.keep[expert]]
+        if not torch.equal(one, other):
+            return f"computes something else: its {name} is {_ratio(one, other)}"
+    return "computes something else"
+
+
+def _ratio(mine: torch.Tensor, theirs: torch.Tensor) -> str:
+    """In words: zero, scaled by a factor, or other numbers."""
+    one, other = mine.float().flatten(), theirs.float().flatten()
+    if not one.isfinite().all():
+        return "not all numbers (NaN or infinite)"
+    if not one.any():
+        return "all zeros"
+    factor = float(one @ other / (other @ other + 1e-30))
+    if (one - factor * other).norm() < 0.01 * one.norm():
+        return f"scaled by {factor:.3g}"
+    return "other numbers than the parent's"

@@ -1,7 +1,7 @@
 """A model that can be asked: final hidden states for batches, logits for hidden states, greedy text for prompts.
 
-Fidelity needs the logits of two models at the same tokens. Final hidden states (tokens x hidden) are small and are kept;
-logits (tokens x vocabulary) are made chunk by chunk, by the model's own head code.
+Fidelity needs the logits of two models at the same tokens. Final hidden states (tokens x hidden) are small and are
+kept; logits (tokens x vocabulary) are made chunk by chunk, by the model's own head code.
 
 Legend: N judged positions, D hidden, V vocabulary.
 """
@@ -9,7 +9,6 @@ Legend: N judged positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +28,7 @@ class Subject(Protocol):
     vocabulary: int
 
     def states(self, batches: Sequence[Batch], keep: masking.Keep | None = None) -> list[torch.Tensor]:
-        """Final hidden states [N, D] at the judged positions of each batch, with all experts or only those of `keep`."""
+        """Final hidden states [N, D] at the judged positions of each batch, with all experts or only `keep`'s."""
 
     def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
         """What the model's head says about them: float32 [N, V]."""
@@ -44,7 +43,8 @@ class Loaded:
 
     def states(self, batches: Sequence[Batch], keep: masking.Keep | None = None) -> list[torch.Tensor]:
         """See `Subject`."""
-        with masking.maskable(self.model) if keep is not None else nullcontext(), masking.keeping(keep):
+        blocks = masking.routed_blocks(self.model) if keep is not None else ()
+        with masking.maskable(blocks), masking.keeping(keep):
             return [judged_states(self.model, batch) for batch in batches]
 
     def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def judged_states(model: Any, batch: Batch) -> torch.Tensor:
     """Final hidden states at the positions whose next token is judged, on the CPU."""
     inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attended_BT}
     out = model.base_model(**{name: value.to(_device_of(model)) for name, value in inputs.items()}, use_cache=False)
-    states_BTD = out[0]
+    states_BTD: torch.Tensor = out[0]
     return states_BTD[batch.scored_BT.to(states_BTD.device)].cpu()
 
 
@@ -107,7 +107,8 @@ def head_logits(model: Any, states_ND: torch.Tensor) -> torch.Tensor:
     states = states_ND.unsqueeze(0).to(_device_of(model))
     token = torch.zeros(1, states.shape[1], dtype=torch.long, device=states.device)
     with masking.replaced_forward(body, _answering(states)):
-        return model(input_ids=token, use_cache=False).logits[0].float()
+        logits_NV: torch.Tensor = model(input_ids=token, use_cache=False).logits[0]
+    return logits_NV.float()
 
 
 def _answering(states: torch.Tensor) -> Callable[..., Any]:

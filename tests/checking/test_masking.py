@@ -26,7 +26,7 @@ def test_masked_parent_equals_the_cut(family, tmp_path):
     child = AutoModelForCausalLM.from_pretrained(tmp_path / "child").eval()
     named = {f"model.layers.{layer}": ids for layer, ids in keep.items()}
     whole = subject.judged_states(parent, _batch())
-    with masking.maskable(parent), masking.keeping(named):
+    with masking.maskable(masking.routed_blocks(parent)), masking.keeping(named):
         masked = subject.judged_states(parent, _batch())
     difference = (masked - subject.judged_states(child, _batch())).abs().max()
     assert difference < 1e-5
