@@ -10,16 +10,17 @@ from moeprune import console, errors
 from moeprune.checkpoint.families import Layout, understand
 from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
 from moeprune.metadata import Sums, digest, header, is_current, to_text, write_json
-from moeprune.planning.decision import Decision, choose_count, decide
+from moeprune.planning.decision import PLANNING, Decision, choose_count, decide, samples_by_domain
 from moeprune.planning.plan import Limits
-from moeprune.settings import Settings, resolve
+from moeprune.settings import FIELDS, Settings, resolve
 
 if TYPE_CHECKING:
     from moeprune.scoring.calibration import Calibration
 
 KIND = "reap_metadata"
-# Settings that do not change what is measured; all others are part of the fingerprint.
-IRRELEVANT = {"model_path", "output_path", "device", "hidden_memory", "force", "pruned_output_path", "hf_token"}
+# Settings that do not change what is measured; all others of this stage are part of the fingerprint.
+IRRELEVANT = {"model_path", "output_path", "device", "hidden_memory", "force", "hf_token"} | PLANNING
+MEASURING = {f.name for f in FIELDS if "reap" in f.metadata["stages"]} - IRRELEVANT
 
 
 def main(argv: list[str]) -> None:
@@ -41,15 +42,15 @@ def inputs_fingerprint(settings: Settings, checkpoint: Checkpoint) -> str:
     """A digest of everything that the result depends on; cheap, and computed before torch is imported."""
     from moeprune.scoring.sources import request_digest
 
-    values = {name: value for name, value in settings.public()["values"].items() if name not in IRRELEVANT}
+    values = {name: value for name, value in settings.public()["values"].items() if name in MEASURING}
     return digest(fingerprint(checkpoint), request_digest(settings), to_text(values))
 
 
 def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from: str, begun: float) -> dict[str, Any]:
     """The whole result as JSON. torch and transformers are imported from here on."""
     console.say(f"model: {describe(checkpoint, layout)}")
-    from moeprune.scoring.calibration import load_calibration
     from moeprune.scoring.building import read_config
+    from moeprune.scoring.calibration import load_calibration
     from moeprune.scoring.run import load_tokenizer, score_experts
 
     tokenizer = load_tokenizer(checkpoint, settings)
@@ -57,8 +58,10 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
     scoring_begun = time.monotonic()
     sums = score_experts(settings, checkpoint, layout, calibration, made_from)
     seconds = time.monotonic() - scoring_begun
-    decision = planned(settings, checkpoint, layout, sums)
+    decision = planned(settings, layout, sums, calibration)
     summarise(sums, layout, calibration, seconds)
+    for line in decision.sentences():
+        console.say(line)
     return {
         **header(KIND, ("torch", "transformers", "safetensors", "numpy")),
         "settings": settings.public(),
@@ -98,7 +101,7 @@ def model_facts(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
     }
 
 
-def planned(settings: Settings, checkpoint: Checkpoint, layout: Layout, sums: Sums) -> Decision:
+def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Calibration) -> Decision:
     """The plan at the configured ratio; stage 2 makes it anew for another one."""
     limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
     choice = choose_count(settings, limits, layout.model_type)
@@ -107,7 +110,8 @@ def planned(settings: Settings, checkpoint: Checkpoint, layout: Layout, sums: Su
     trunk = [block.name for block in layout.blocks if block.role == "trunk"]
     for warning in choice.warnings:
         console.warn(warning)
-    return decide(settings, sums, choice.count, limits, trunk=trunk, unscored=unscored)
+    samples = samples_by_domain(calibration.summary)
+    return decide(settings, sums, choice.count, limits, trunk=trunk, unscored=unscored, samples=samples)
 
 
 def summarise(sums: Sums, layout: Layout, calibration: Calibration, seconds: float) -> None:

@@ -52,7 +52,9 @@ class BlockSums:
     experts: int
     tokens_D: Array  # tokens that passed the block
     values: Mapping[str, Array]  # statistic -> [D, E]; only the statistics that the scoring mode measures
-    slices: Mapping[str, Array]  # count and gate_norm_sum -> [D, S, E]: the same sums by slice of the samples
+    slices: Mapping[
+        str, Array
+    ]  # the statistics that plans are made from -> [D, S, E]: the same sums by slice of samples
     gram_EDD: Array | None = None  # inner products between the domains' sums of output vectors, for ean_ca
 
 

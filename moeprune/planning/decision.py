@@ -16,6 +16,10 @@ from moeprune.planning.plan import Limits, Plan, keep_count, make_plan
 from moeprune.planning.protection import protect
 from moeprune.settings import Settings
 
+# Settings that change a plan but not what was measured.
+PLANNING = {"prune_ratio", "keep", "target_size", "metric", "blend", "weights", "protect"}
+PLANNING |= {"engine", "expert_parallel", "tensor_parallel"}
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -31,26 +35,28 @@ def choose_count(
 ) -> Choice:
     """The count from --keep, --target-size or --prune-ratio, moved to what the named engines accept.
 
-    bytes_per_expert is what one expert of every layer takes together, fixed_bytes all the rest. A count given by
-    --keep is never moved: it is refused with the reason. Without a named engine the common ones only warn.
+    bytes_per_expert is what one expert of every layer takes together, fixed_bytes all the rest; where they are not
+    known, a target size is left aside. A count given by --keep beats the others and is never moved: it is refused with
+    the reason. Without a named engine the common ones only warn.
     """
+    target = settings.target_size if bytes_per_expert and not settings.keep else 0
     asked = keep_count(
         limits,
         ratio=settings.prune_ratio,
         keep=settings.keep,
-        target_bytes=settings.target_size,
+        target_bytes=target,
         fixed_bytes=fixed_bytes,
         bytes_per_expert=bytes_per_expert,
     )
     named = engines.parse_engines(settings.engine)
     case = engines.Case(asked, limits, model_type, settings.expert_parallel, settings.tensor_parallel)
-    count = engines.snap(case, named, -1 if settings.target_size and not settings.keep else 1)
+    count = engines.snap(case, named, -1 if target else 1)
     reasons = [str(o) for o in engines.objections(case, named) if o.severity == "fail"]
     reasons = reasons or [f"{asked} do not divide among {settings.expert_parallel} expert-parallel ranks"]
     if settings.keep and count != asked:
         raise UsageError(f"--keep {asked}: {'; '.join(reasons)}; the nearest that works is {count}")
     notes = [f"{count} experts stay instead of {asked}: {'; '.join(reasons)}"] if count != asked else []
-    if settings.target_size and not settings.keep:
+    if target:
         notes.append(f"{count} experts in each layer make {size(fixed_bytes + count * bytes_per_expert)}")
     chosen = engines.Case(count, limits, model_type, settings.expert_parallel, settings.tensor_parallel)
     found = engines.objections(chosen, named or engines.COMMON)
@@ -74,6 +80,11 @@ class Decision:
         """The entry "plan" of a result file."""
         how = {name: plain(getattr(self.how, name)) for name in ("metric", "blend", "weights", "seed", "count")}
         return to_json(self.outcome, how) | {"calibration": plain(self.assessment)}
+
+
+def samples_by_domain(calibration: Mapping[str, Any]) -> dict[str, int]:
+    """The number of samples of each domain, from the calibration's entry in a result file."""
+    return {name: int(counts.get("samples", 0)) for name, counts in calibration.get("domains", {}).items()}
 
 
 def decide(

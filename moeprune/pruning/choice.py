@@ -85,6 +85,7 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, blo
         limits,
         trunk=[block.name for block in blocks if block.role == "trunk"],
         unscored={block.name: block.experts for block in blocks if block.name not in scored},
+        samples=decision.samples_by_domain(data["inputs"].get("calibration", {})),
     )
     wanted = {block.name for block in blocks}
     keep = {name: ids for name, ids in decided.plan.keep.items() if name in wanted}

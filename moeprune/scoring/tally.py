@@ -14,7 +14,7 @@ from moeprune.scoring.batching import SLICES
 
 WEIGHTS = ("count", "gate_sum", "gate_sq_sum")  # known from the router alone
 NORMS = ("norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_norm_sq_sum")
-SLICED = ("count", "gate_norm_sum")
+SLICED = ("count", "gate_norm_sum", "full_sum", "router_sum")
 
 
 def bucket_sums(bucket_S: torch.Tensor, value_S: torch.Tensor, buckets: int) -> torch.Tensor:
