@@ -10,7 +10,7 @@ from moeprune import console, errors
 from moeprune.checkpoint.families import Layout, understand
 from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
 from moeprune.metadata import Sums, digest, header, is_current, to_text, write_json
-from moeprune.planning.decision import PLANNING, Decision, choose_count, decide, samples_by_domain
+from moeprune.planning.decision import PLANNING, check_wishes, choose_count, decide, samples_by_domain
 from moeprune.planning.plan import Limits
 from moeprune.settings import FIELDS, Settings, resolve
 
@@ -55,13 +55,12 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
 
     tokenizer = load_tokenizer(checkpoint, settings)
     calibration = load_calibration(settings, tokenizer, read_config(checkpoint, settings))
+    check_wishes(settings, limits_of(layout), layout.model_type, calibration.domains)
     scoring_begun = time.monotonic()
     sums = score_experts(settings, checkpoint, layout, calibration, made_from)
     seconds = time.monotonic() - scoring_begun
-    decision = planned(settings, layout, sums, calibration)
-    summarise(sums, layout, calibration, seconds)
-    for line in decision.sentences():
-        console.say(line)
+    summarise(sums, calibration, seconds)
+    plan = planned(settings, layout, sums, calibration)
     return {
         **header(KIND, ("torch", "transformers", "safetensors", "numpy")),
         "settings": settings.public(),
@@ -71,7 +70,7 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
             "calibration": calibration.summary,
         },
         "scores": sums.to_json(),
-        "plan": decision.to_json(),
+        "plan": plan,
         "warnings": console.warnings(),
         "timing": {"scoring_s": round(seconds, 3), "total_s": round(time.monotonic() - begun, 3)},
     }
@@ -101,9 +100,14 @@ def model_facts(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
     }
 
 
-def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Calibration) -> Decision:
-    """The plan at the configured ratio; stage 2 makes it anew for another one."""
-    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+def limits_of(layout: Layout) -> Limits:
+    """What the router demands of the number of experts."""
+    return Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+
+
+def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Calibration) -> dict[str, Any] | None:
+    """The plan at the configured ratio, or nothing: scores alone are a result too, and stage 2 plans anew."""
+    limits = limits_of(layout)
     choice = choose_count(settings, limits, layout.model_type)
     scored = {block.block for block in sums.blocks}
     unscored = {block.name: block.experts for block in layout.blocks if block.name not in scored}
@@ -111,10 +115,17 @@ def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Calibra
     for warning in choice.warnings:
         console.warn(warning)
     samples = samples_by_domain(calibration.summary)
-    return decide(settings, sums, choice.count, limits, trunk=trunk, unscored=unscored, samples=samples)
+    try:
+        made = decide(settings, sums, choice.count, limits, trunk=trunk, unscored=unscored, samples=samples)
+    except errors.UsageError as error:
+        console.warn(f"no plan was made: {error}")
+        return None
+    for line in made.sentences():
+        console.say(line)
+    return made.to_json()
 
 
-def summarise(sums: Sums, layout: Layout, calibration: Calibration, seconds: float) -> None:
+def summarise(sums: Sums, calibration: Calibration, seconds: float) -> None:
     """What a person should know, on stderr."""
     tokens = calibration.summary["tokens"]
     console.say(f"scored {len(sums.blocks)} blocks on {tokens:,} tokens in {console.duration(seconds)}")

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moeprune.console import size
 from moeprune.errors import UsageError
-from moeprune.metadata import Sums, plain
+from moeprune.metadata import BlockSums, Sums, plain
 from moeprune.planning import engines, saliency
 from moeprune.planning.enough import Assessment, How, assess
 from moeprune.planning.outcome import Outcome, outcome, to_json
@@ -80,6 +82,17 @@ class Decision:
         """The entry "plan" of a result file."""
         how = {name: plain(getattr(self.how, name)) for name in ("metric", "blend", "weights", "seed", "count")}
         return to_json(self.outcome, how) | {"calibration": plain(self.assessment)}
+
+
+def check_wishes(settings: Settings, limits: Limits, model_type: str, domains: tuple[str, ...]) -> None:
+    """Refuse before the long scoring what planning would refuse after it."""
+    choose_count(settings, limits, model_type)
+    measured = {name: np.ones((len(domains), 2)) for name in saliency.MEASURED[settings.scoring_mode]}
+    gram_EDD = None if settings.scoring_mode == "router" else np.ones((2, len(domains), len(domains)))
+    block = BlockSums("to be scored", 2, np.ones(len(domains)), measured, {}, gram_EDD)
+    sums = Sums(settings.scoring_mode, domains, (block,))
+    saliency.scores(sums, settings.metric, settings.blend, saliency.parse_weights(settings.weights))
+    protect(sums, settings.protect)
 
 
 def samples_by_domain(calibration: Mapping[str, Any]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeprune.errors import UsageError
-from moeprune.metadata import Array, BlockSums, Sums
+from moeprune.metadata import STATISTICS, Array, BlockSums, Sums
 
 # What the score of a block is computed from: the block, the factor of each domain's sums, the seed.
 Formula = Callable[[BlockSums, Array, int], Array]
@@ -86,6 +86,14 @@ METRICS = {
     "random": Metric("uniform in [0, 1), by seed and block name", (), _random, total=False),
     "full": _per_token("full_sum", "sum_T p |f| / T"),
     "router": _per_token("router_sum", "sum_T p |x| / T"),
+}
+
+# What each scoring mode measures; the modes routed and full also give the Gram matrices.
+ROUTER_ALONE = {"count", "gate_sum", "gate_sq_sum"}
+MEASURED = {
+    "routed": STATISTICS.keys() - {"full_sum", "router_sum"},
+    "full": STATISTICS.keys() - {"router_sum"},
+    "router": ROUTER_ALONE | {"router_sum"},
 }
 
 # How domains are blended. factor_D multiplies each domain's sums; share is a score over the block's total of scores.

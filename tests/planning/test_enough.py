@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moeprune.errors import UsageError
 from moeprune.metadata import BlockSums, Sums
-from moeprune.planning.decision import decide
+from moeprune.planning.decision import check_wishes, decide
 from moeprune.planning.enough import How, assess, restrict
 from moeprune.planning.plan import Limits
 from moeprune.settings import Settings
@@ -164,3 +165,20 @@ def test_decision_holds_plan_outcome_and_verdict():
     data = made.to_json()
     assert data["keep"]["mtp"] == list(range(0, 32, 2)) and data["how"]["blend"] == "shares"
     assert data["calibration"]["domains"][0]["samples"] in {10, 20}
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"metric": "full"}, "needs full_sum"),
+        ({"metric": "ean_ca", "scoring_mode": "router"}, "needs gram, "),
+        ({"protect": "super", "scoring_mode": "router"}, "needs max_abs"),
+        ({"weights": "d7=2"}, "no domain 'd7'"),
+        ({"keep": 1}, "router chooses 2"),
+        ({"engine": "ollama"}, "not known"),
+    ],
+)
+def test_wishes_are_checked_before_scoring(wishes, words):
+    check_wishes(Settings(), LIMITS, "", ("d0", "d1"))
+    with pytest.raises(UsageError, match=words):
+        check_wishes(Settings(**wishes), LIMITS, "", ("d0", "d1"))
