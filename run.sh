@@ -90,13 +90,16 @@ set_up() {
 }
 
 make_venv() {
-  local base
-  for base in python3 python3.14 python3.13 python3.12 python3.11; do
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
-    "$base" -c 'import venv, ensurepip' 2>/dev/null ||
-      die "$base has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" 4
-    "$base" -m venv .venv
-    return
+  find_python
+  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    die "$python has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" 4
+  "$python" -m venv .venv
+  python=.venv/bin/python
+}
+
+find_python() { # sets `python`
+  for python in python3 python3.14 python3.13 python3.12 python3.11; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
   done
   die "no Python 3.11 or newer found; install one, or name one that has the requirements in REAP_PYTHON" 4
 }
@@ -220,7 +223,11 @@ check() {
 }
 
 doctor() {
-  :
+  python=$(setting REAP_PYTHON)
+  [[ -n $python || ! -x .venv/bin/python ]] || python=.venv/bin/python
+  [[ -n $python ]] || find_python
+  [[ -z $runtime ]] || export REAP_RUNTIME=$runtime
+  "$python" -m moeprune.doctor "$@"
 }
 
 main() {
@@ -256,7 +263,10 @@ main() {
       ;;
     demo) [[ $# -eq 0 ]] || die "demo takes no arguments" && demo ;;
     check) check "$@" ;;
-    build) compose_environment && docker compose build "$@" ;;
+    build)
+      compose_environment
+      docker compose build "$@" reap-cpu # both services use this image
+      ;;
     shell) step shell bash "$@" ;;
     doctor) doctor "$@" ;;
     help | -h) usage ;;

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values
-
 from moeprune.errors import UsageError
 
 STAGES = {
     "reap": "Score the experts of a model on calibration data.",
     "prune": "Write the smaller model from the scores.",
     "test": "Generate with the pruned model and judge it against its parent.",
+    "combine": "Add up the scores of several runs on the same model.",
 }
 
 
@@ -136,7 +135,7 @@ class Settings:
         "routed", one_of("routed", "full", "router"), "reap", "what is measured: routed (REAP) | full | router"
     )
     hidden_memory: int = setting(
-        8_000_000_000, amount, "reap", "memory for hidden states; what is beyond it goes to the disk"
+        8_000_000_000, amount, "reap test", "memory for hidden states; what is beyond it goes to the disk"
     )
 
     prune_ratio: float = setting(0.5, ratio, "reap prune", "share of the experts to remove in each layer")
@@ -233,6 +232,8 @@ def read_dotenv(path: Path) -> dict[str, str]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip() and not line.startswith("#") and not DOTENV_LINE.fullmatch(line):
             raise UsageError(f"{path}:{number}: write NAME=value, without quotes, spaces, $ or a comment behind it")
+    from dotenv import dotenv_values  # here, so that `doctor` runs before anything is installed
+
     return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
 
 

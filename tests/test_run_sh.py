@@ -258,4 +258,4 @@ def test_build_tells_compose_about_this_machine(place):
     (place.bin / "docker").chmod(0o755)
     assert place.run("build").returncode == 0
     *_, line = place.calls_file.read_text().splitlines(keepends=True)
-    assert line == f"compose build | {os.getuid()}:{os.getgid()} | python:3.12-slim\n"
+    assert line == f"compose build reap-cpu | {os.getuid()}:{os.getgid()} | python:3.12-slim\n"

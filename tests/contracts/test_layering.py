@@ -21,6 +21,7 @@ LEVELS = {
     "pruning": 4,
     "scoring": 4,
     "checking": 5,
+    "doctor": 5,
 }
 WITHOUT_TORCH = {"errors", "console", "settings", "metadata", "checkpoint", "planning", "pruning"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
