@@ -84,7 +84,7 @@ class Settings:
     """The resolved settings of one run."""
 
     model_path: str = setting("", str, "reap prune test", "folder with the checkpoint, or a hub id")
-    output_path: Path = setting(Path("output"), Path, "reap prune test", "folder for every result")
+    output_path: Path = setting(Path("output"), Path, "reap prune test combine", "folder for every result")
     pruned_output_path: str = setting(
         "", str, "prune test", "folder of the pruned model; empty: a name from model and count, in the output folder"
     )
@@ -100,7 +100,7 @@ class Settings:
         "compute in this type; auto: the checkpoint's",
     )
     seed: int = setting(42, int, "reap prune test", "seed of every random choice")
-    force: bool = setting(False, switch, "reap prune test", "do it again although the result is current")
+    force: bool = setting(False, switch, "reap prune test combine", "do it again although the result is current")
     runtime: str = setting("auto", one_of("auto", "docker", "native"), "run", "where steps run: auto | docker | native")
     python: str = setting("", str, "run", "interpreter that has the requirements; empty: .venv, which run.sh sets up")
     torch_index: str = setting("", str, "run", "package index with builds of torch for this machine")
