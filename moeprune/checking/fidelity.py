@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moeprune.checking import statistics
 from moeprune.checking.samples import Batch, Sample
-from moeprune.checking.subject import Subject
+from moeprune.checking.subject import Head
 
 CHUNK_NUMBERS = 32_000_000  # logits held at once per model: 128 MB in float32
 MEASURES = ("parent_loss", "loss", "kl", "same_top")
@@ -34,17 +34,17 @@ class Tokens:
     values_N: dict[str, NDArray[np.float64]]
 
 
-def compare(parent: Subject, child: Subject, batches: Sequence[Batch], states: tuple[Any, Any]) -> Tokens:
+def compare(parent: Head, child: Head, batches: Sequence[Batch], states: tuple[Any, Any], vocabulary: int) -> Tokens:
     """Measures at every judged token; `states` are the final hidden states of parent and child for the batches."""
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in MEASURES}
     owners: list[torch.Tensor] = []
-    size = max(1, CHUNK_NUMBERS // max(parent.vocabulary, child.vocabulary))
+    size = max(1, CHUNK_NUMBERS // vocabulary)
     for batch, parent_ND, child_ND in zip(batches, *states, strict=True):
         target_N, owner_N = targets(batch)
         owners.append(owner_N)
         for start in range(0, len(target_N), size):
             part = slice(start, start + size)
-            measured = measure(parent.logits(parent_ND[part]), child.logits(child_ND[part]), target_N[part])
+            measured = measure(parent(parent_ND[part]), child(child_ND[part]), target_N[part])
             for name, value_N in measured.items():
                 parts[name].append(value_N.cpu())
     values = {name: torch.cat(parts[name]).double().numpy() for name in MEASURES}

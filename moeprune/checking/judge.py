@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import console, metadata
-from moeprune.checking import checks, fidelity, generation, masking, samples, structure, subject
+from moeprune.checking import checks, comparison, generation, memory, samples, structure, subject
 from moeprune.checkpoint import folder as checkpoints
-from moeprune.errors import InputError, ResultError
+from moeprune.errors import InputError, MachineError, ResultError
 from moeprune.settings import Settings
 
 KIND = "test_report"
-RANDOM_CUTS = 2
 GENERATING_TOKENS = 16_384  # prompt and new tokens in one batch of greedy generation
 
 
@@ -133,8 +132,31 @@ def _weight_bytes(folder: Path) -> int:
 def _compare(
     case: Case, settings: Settings, held_out: Sequence[samples.Sample], written: Sequence[samples.Sample]
 ) -> dict[str, Any]:
-    """Both models in memory: everything can be tested."""
+    """Everything that compares: in memory when both models fit, else streamed, without generation."""
     tokenizer = subject.load_tokenizer(case.pruned, settings)
+    needed = sum(_weight_bytes(folder) for folder in (case.pruned, case.parent) if folder)
+    free = settings.judge_memory or memory.free(settings)
+    if needed * memory.MARGIN > free:
+        why = f"the weights take {console.size(needed)}, {console.size(free)} are free: streamed, without generation"
+        console.warn(why)
+        if case.parent is None:
+            raise MachineError(f"{why}; and {case.why_no_parent}, so nothing is left to test")
+        return _streamed(case, settings, held_out, tokenizer) | {"not_tested": {"generation": why}}
+    return _loaded(case, settings, (held_out, written), tokenizer)
+
+
+def _streamed(case: Case, settings: Settings, held_out: Sequence[samples.Sample], tokenizer: Any) -> dict[str, Any]:
+    from moeprune.checking.streamed import Streamed
+
+    assert case.parent is not None
+    parent, child = Streamed(case.parent, settings), Streamed(case.pruned, settings)
+    batches = samples.batches(held_out, tokenizer, settings.max_seq_len, settings.batch_size)
+    found = comparison.compare(parent, child, case.keep, (held_out, batches), settings)
+    return found | {"structure": structure.from_masked(found["masked"])}
+
+
+def _loaded(case: Case, settings: Settings, data: tuple[Any, Any], tokenizer: Any) -> dict[str, Any]:
+    held_out, written = data
     child = subject.Loaded(case.pruned, settings)
     asked = generation.prompts(written, settings.generations)
     texts = _writer(child, tokenizer, "pruned model", settings).write(asked)
@@ -147,31 +169,11 @@ def _compare(
     parent = subject.Loaded(case.parent, settings)
     parent_texts = _writer(parent, tokenizer, "parent", settings).write(asked)
     batches = samples.batches(held_out, tokenizer, settings.max_seq_len, settings.batch_size)
-    states = parent.states(batches)
-    tokens = fidelity.compare(parent, child, batches, (states, child.states(batches)))
     return {
-        "fidelity": fidelity.summary(tokens, held_out, settings.seed),
-        "random_cuts": _random_cuts(parent, case.keep, settings, (held_out, batches, states)),
+        **comparison.compare(parent, child, case.keep, (held_out, batches), settings),
         "structure": structure.examine(parent.model, child.model, case.keep, batches),
         "generation": generation.judge(asked, parent_texts, texts, exact),
     }
-
-
-def _random_cuts(
-    parent: subject.Loaded, keep: masking.Keep | None, settings: Settings, data: tuple[Any, Any, Any]
-) -> list[dict[str, Any]]:
-    """What cuts of the same size cost whose experts are drawn: the scale on which the real cut is read."""
-    held_out, batches, states = data
-    blocks = {block.name: block for block in masking.routed_blocks(parent.model)} if keep else {}
-    if not keep or all(len(masking.keep_of_layer(keep, b) or range(b.count)) == b.count for b in blocks.values()):
-        return []
-    found = []
-    for turn in range(RANDOM_CUTS):
-        plan = masking.random_keep(parent.model, keep, settings.seed + turn)
-        tokens = fidelity.compare(parent, parent, batches, (states, parent.states(batches, plan)))
-        row = fidelity.summary(tokens, held_out, settings.seed)["overall"]
-        found.append({name: row[name] for name in ("kl", "kl_interval", "loss", "same_top")})
-    return found
 
 
 def _writer(who: subject.Loaded, tokenizer: Any, label: str, settings: Settings) -> generation.LoadedWriter:

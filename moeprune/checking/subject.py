@@ -9,6 +9,7 @@ Legend: N judged positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,16 +23,23 @@ from moeprune.settings import Settings
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Head = Callable[[torch.Tensor], torch.Tensor]  # final hidden states [N, D] -> logits, float32 [N, V]
+
+
 class Subject(Protocol):
     """What fidelity needs of a model, loaded or streamed."""
 
+    model: Any
     vocabulary: int
 
-    def states(self, batches: Sequence[Batch], keep: masking.Keep | None = None) -> list[torch.Tensor]:
-        """Final hidden states [N, D] at the judged positions of each batch, with all experts or only `keep`'s."""
+    def variants(self, batches: Sequence[Batch], keeps: Sequence[masking.Keep | None]) -> list[list[torch.Tensor]]:
+        """Final hidden states [N, D] at the judged positions of each batch, for each variant of the model.
 
-    def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
-        """What the model's head says about them: float32 [N, V]."""
+        A variant is a plan: the model with only those experts; None is the model as it is.
+        """
+
+    def head(self) -> AbstractContextManager[Head]:
+        """The model's head, for as long as it is needed."""
 
 
 class Loaded:
@@ -41,15 +49,18 @@ class Loaded:
         self.model = load_model(folder, settings)
         self.vocabulary = vocabulary(self.model)
 
-    def states(self, batches: Sequence[Batch], keep: masking.Keep | None = None) -> list[torch.Tensor]:
+    def variants(self, batches: Sequence[Batch], keeps: Sequence[masking.Keep | None]) -> list[list[torch.Tensor]]:
         """See `Subject`."""
-        blocks = masking.routed_blocks(self.model) if keep is not None else ()
-        with masking.maskable(blocks), masking.keeping(keep):
-            return [judged_states(self.model, batch) for batch in batches]
+        found = []
+        for keep in keeps:
+            blocks = masking.routed_blocks(self.model) if keep is not None else ()
+            with masking.maskable(blocks), masking.keeping(keep):
+                found.append([judged_states(self.model, batch) for batch in batches])
+        return found
 
-    def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
+    def head(self) -> AbstractContextManager[Head]:
         """See `Subject`."""
-        return head_logits(self.model, states_ND)
+        return nullcontext(lambda states_ND: head_logits(self.model, states_ND))
 
 
 def load_model(folder: Path, settings: Settings) -> Any:

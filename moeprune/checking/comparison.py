@@ -1,0 +1,49 @@
+"""One pass of the parent, one of the child: what the cut cost, what it should cost, and what chance would have cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moeprune.checking import fidelity, masking
+from moeprune.checking.samples import Batch, Sample
+from moeprune.checking.subject import Head, Subject
+from moeprune.settings import Settings
+
+RANDOM_CUTS = 2
+Data = tuple[Sequence[Sample], Sequence[Batch]]
+
+
+def compare(
+    parent: Subject, child: Subject, keep: masking.Keep | None, data: Data, settings: Settings
+) -> dict[str, Any]:
+    """Fidelity of the child, of drawn cuts of the same size, and the child against the parent with masked experts."""
+    _, batches = data
+    drawn = _drawn(parent, keep, settings.seed)
+    whole, *others = parent.variants(batches, [None, *([keep] if keep else []), *drawn])
+    masked = others.pop(0) if keep else None
+    (own,) = child.variants(batches, [None])
+    wide = max(parent.vocabulary, child.vocabulary)
+
+    def summary(one: Head, other: Head, states: tuple[Any, Any]) -> dict[str, Any]:
+        tokens = fidelity.compare(one, other, batches, states, wide)
+        return fidelity.summary(tokens, data[0], settings.seed)
+
+    with parent.head() as parents, child.head() as childs:
+        return {
+            "fidelity": summary(parents, childs, (whole, own)),
+            "random_cuts": [_short(summary(parents, parents, (whole, states))) for states in others],
+            "masked": _short(summary(parents, childs, (masked, own))) if masked else None,
+        }
+
+
+def _drawn(parent: Subject, keep: masking.Keep | None, seed: int) -> list[dict[str, list[int]]]:
+    """Plans of the same size with drawn experts; none when nothing was cut."""
+    blocks = masking.routed_blocks(parent.model)
+    if not keep or all(len(masking.keep_of_layer(keep, b) or range(b.count)) == b.count for b in blocks):
+        return []
+    return [masking.random_keep(parent.model, keep, seed + turn) for turn in range(RANDOM_CUTS)]
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row["overall"][name] for name in ("kl", "kl_interval", "kl_p95", "loss", "same_top")}
