@@ -134,6 +134,8 @@ def _block_from_json(entry: Mapping[str, Any], domains: tuple[str, ...]) -> Bloc
 def _stacked(entry: Mapping[str, Any], key: str, domains: tuple[str, ...]) -> dict[str, Array]:
     per_domain = [entry[key][name] for name in domains]
     statistics = per_domain[0] if per_domain else {}
+    if any(one.keys() != statistics.keys() for one in per_domain):
+        raise ValueError(f"the {key} of a block differ in what was measured")
     return {name: np.array([one[name] for one in per_domain], dtype=np.float64) for name in statistics}
 
 
@@ -182,7 +184,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file, or one clear line about why not. `what` names the file for a person."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(f"{what} not found at {path}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{what} at {path} is not valid JSON: {error}") from None
@@ -206,9 +208,10 @@ def is_current(path: Path, kind: str, fingerprint: str) -> bool:
     if not path.exists():
         return False
     try:
-        return bool(read_result(path, kind).get("inputs", {}).get("fingerprint") == fingerprint)
+        inputs = read_result(path, kind).get("inputs")
     except InputError:
         return False
+    return isinstance(inputs, dict) and inputs.get("fingerprint") == fingerprint
 
 
 def digest(*parts: bytes | str | Path) -> str:
