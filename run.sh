@@ -217,8 +217,13 @@ check() {
   try "$bin/shellcheck" run.sh .ci/run
   try "$bin/shfmt" -d -i 2 -ci run.sh .ci/run
   try "$bin/hadolint" Dockerfile
-  if docker compose version >/dev/null 2>&1; then try docker compose config --quiet; else say "no docker compose here: docker-compose.yml is not checked by it"; fi
-  try env OMP_NUM_THREADS=1 "$python" -m pytest -n 2 "$@"
+  if docker compose version >/dev/null 2>&1; then
+    compose_environment
+    try docker compose config --quiet
+  else
+    say "no docker compose here, so docker-compose.yml is only checked by the tests"
+  fi
+  try env OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadgroup "$@"
   [[ ${#failed[@]} -eq 0 ]] || die "check failed: ${failed[*]}" 1
 }
 
