@@ -11,7 +11,8 @@ Legend of the array suffixes: T tokens, K experts per token, S slots sorted by e
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -252,19 +253,24 @@ def adapter_of(module: Module) -> Adapter | None:
     return next((adapter for adapter in ADAPTERS if adapter.fits(module)), None)
 
 
-def attach(observer: Observer) -> list[Removable]:
-    """Hook the observer into every site."""
+@contextmanager
+def attached(observer: Observer) -> Iterator[None]:
+    """Hook the observer into every site, for a while."""
     hooks: list[Removable] = []
-    for site in observer.sites:
-        module = observer.stream.model.get_submodule(site.path)
-        adapter = adapter_of(module)
-        assert adapter is not None
-        if observer.mode == "full" and not adapter.every_expert:
-            raise UsageError(f"mode full cannot run all experts of {type(module).__name__}; use --scoring-mode routed")
-        hooks += adapter.attach(observer, site, module)
-        if observer.mode != "routed":
-            hooks += attach_router(observer, site)
-    return hooks
+    try:
+        for site in observer.sites:
+            module = observer.stream.model.get_submodule(site.path)
+            adapter = adapter_of(module)
+            assert adapter is not None
+            if observer.mode == "full" and not adapter.every_expert:
+                raise UsageError(f"mode full cannot run all experts of {type(module).__name__}; use mode routed")
+            hooks += adapter.attach(observer, site, module)
+            if observer.mode != "routed":
+                hooks += attach_router(observer, site)
+        yield
+    finally:
+        for hook in reversed(hooks):
+            hook.remove()
 
 
 def attach_router(observer: Observer, site: Site) -> list[Removable]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
+from torch.nn import Module, Parameter
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_tie_weights
@@ -41,10 +43,8 @@ def compute_dtype(config: PreTrainedConfig, settings: Settings) -> torch.dtype:
     """The type to compute in: the setting, else the checkpoint's, else bfloat16."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
-    for place in (config, config.get_text_config()):
-        if isinstance(getattr(place, "dtype", None), torch.dtype):
-            return place.dtype  # type: ignore[no-any-return]
-    return torch.bfloat16
+    named = (getattr(place, "dtype", None) for place in (config, config.get_text_config()))
+    return next((dtype for dtype in named if isinstance(dtype, torch.dtype)), torch.bfloat16)
 
 
 def read_config(checkpoint: Checkpoint, settings: Settings) -> PreTrainedConfig:
@@ -70,7 +70,7 @@ def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [config, *(part for inner in nested for part in _configs(inner))]
 
 
-def model_class(checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings) -> type[PreTrainedModel]:
+def model_class(checkpoint: Checkpoint, settings: Settings) -> type[PreTrainedModel]:
     """The class the checkpoint names: one of transformers, else the code that comes with the checkpoint."""
     names = checkpoint.config.get("architectures") or []
     known = getattr(transformers, names[0], None) if names else None
@@ -94,14 +94,31 @@ def _remote_hint(checkpoint: Checkpoint, settings: Settings) -> str:
     return ""
 
 
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters that modules make in here take no memory and get no initial values; buffers are made as usual."""
+    register = Module.register_parameter
+
+    def register_empty(module: Module, name: str, parameter: Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def build(checkpoint: Checkpoint, settings: Settings) -> PreTrainedModel:
     """The checkpoint's model, empty. Its dtype plan and conversions are those that from_pretrained would use."""
     config = read_config(checkpoint, settings)
-    chosen = model_class(checkpoint, config, settings)
+    chosen = model_class(checkpoint, settings)
     dtype = compute_dtype(config, settings)
     # A class may take a nested configuration (the text model of a multimodal checkpoint, say).
     if not isinstance(config, chosen.config_class) and isinstance(config.get_text_config(), chosen.config_class):
         config = config.get_text_config()
-    with torch.no_grad(), local_torch_dtype(dtype, chosen.__name__), no_tie_weights(), init_empty_weights(False):
+    with torch.no_grad(), local_torch_dtype(dtype, chosen.__name__), no_tie_weights(), parameters_on_meta():
         model = chosen(config)
     return model.eval()

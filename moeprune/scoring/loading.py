@@ -44,6 +44,14 @@ class LayerLoader:
         self.wanted: dict[str, list[str]] = {layer: [] for layer in (*layers, OUTSIDE)}
         for name in in_memory:
             self.wanted[self.layer_of(name)].append(name)
+        self.nbytes = {
+            layer: sum(in_memory[name].numel() * in_memory[name].element_size() for name in names)
+            for layer, names in self.wanted.items()
+        }
+        self.stored_bytes = {
+            layer: sum(checkpoint.tensors[s].nbytes for name in names for s in self.recipes[name].sources)
+            for layer, names in self.sources.items()
+        }
         self._targets: dict[str, list[str]] = {}
         for name, recipe in self.recipes.items():
             for source in recipe.sources:
@@ -61,11 +69,6 @@ class LayerLoader:
     def targets_of(self, stored: str) -> list[str]:
         """The parameters in memory that a tensor on disk goes into."""
         return self._targets.get(stored, [])
-
-    def nbytes(self, layer: str) -> int:
-        """What a layer takes in memory."""
-        state = self.model.state_dict()
-        return sum(state[name].numel() * state[name].element_size() for name in self.wanted[layer])
 
     def read_ahead(self, layer: str) -> None:
         """Begin to read a layer in a thread."""

@@ -15,8 +15,9 @@ E experts, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from moeprune.errors import InputError, MachineError
 from moeprune.metadata import BlockSums, Sums
 from moeprune.scoring.batching import SLICES, Batch
 from moeprune.scoring.streaming import LayerStream
-from moeprune.scoring.tally import Tally
+from moeprune.scoring.tally import Tally, sums_from_tensors, sums_to_tensors
 
 
 FULL_BYTES = 256_000_000  # for the outputs of all experts on a chunk of tokens, in mode full
@@ -174,6 +175,14 @@ class Observer:
         elif self.mode != "router":
             tally.add_outputs(slots.expert_S, slots.bucket_S, slots.gate_S, y_SH)
         return y_SH
+
+    def state(self) -> dict[str, Any]:
+        """The sums of the blocks that are complete, as tensors."""
+        return {name: sums_to_tensors(sums) for name, sums in self.done.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.done = {name: sums_from_tensors(name, saved) for name, saved in state.items()}
 
     def result(self) -> Sums:
         """Everything, in the order of the blocks."""

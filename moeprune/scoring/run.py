@@ -15,11 +15,11 @@ from moeprune.checkpoint.families import Layout
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.metadata import Sums
-from moeprune.scoring.adapters import attach, find_sites
+from moeprune.scoring.adapters import attached, find_sites
 from moeprune.scoring.batching import Batch
-from moeprune.scoring.building import read_config
 from moeprune.scoring.calibration import Calibration
 from moeprune.scoring.observer import Observer
+from moeprune.scoring.resume import SavedState
 from moeprune.scoring.streaming import Forward, LayerStream
 from moeprune.settings import Settings
 
@@ -48,12 +48,15 @@ def score_experts(
             f"{type(stream.model).__name__} has no module that runs the experts of {layout.blocks[0].name}; "
             "add an adapter to moeprune/scoring/adapters.py"
         )
-    hooks = attach(observer)
-    progress = LayerProgress(stream, calibration.batches)
     last = max((site.layer for site in observer.sites), key=stream.order.__getitem__)
-    stream.run([forward(batch) for batch in calibration.batches], watchers=(observer, progress), until=last)
-    for hook in hooks:
-        hook.remove()
+    state = SavedState(settings.output_path / "reap_state", fingerprint, observer.state)
+    if state.layer is not None:
+        observer.restore(state.sums())
+    progress = LayerProgress(stream, calibration.batches, last, state.layer)
+    forwards = [forward(batch) for batch in calibration.batches]
+    with attached(observer):
+        stream.run(forwards, watchers=(observer, progress), until=last, state=state)
+    state.remove()
     return observer.result()
 
 
@@ -70,8 +73,9 @@ def forward(batch: Batch) -> Forward[None]:
 class LayerProgress:
     """A line for the person who waits: layer, speed, memory, time left."""
 
-    def __init__(self, stream: LayerStream, batches: list[Batch]) -> None:
-        self.bar = console.Progress("layer", len(stream.layers))
+    def __init__(self, stream: LayerStream, batches: list[Batch], last: str, saved: str | None) -> None:
+        before = 0 if saved is None else stream.order[saved] + 1
+        self.bar = console.Progress("layer", max(1, stream.order[last] + 1 - before))
         self.tokens = sum(int((batch.domain_BT >= 0).sum()) for batch in batches)
         self.device = stream.device
         self.begun = time.monotonic()
@@ -79,11 +83,11 @@ class LayerProgress:
     def batch_begins(self, batch: int) -> None:
         """Nothing to show."""
 
-    def layer_begins(self, layer: str) -> None:
+    def layer_begins(self, _layer: str) -> None:
         """The clock of this layer starts."""
         self.begun = time.monotonic()
 
-    def layer_ends(self, layer: str) -> None:
+    def layer_ends(self, _layer: str) -> None:
         """One more layer."""
         seconds = max(time.monotonic() - self.begun, 1e-9)
         self.bar.step(f"{self.tokens / seconds:,.0f} tokens/s, {console.size(memory_peak(self.device))} at most")

@@ -9,11 +9,13 @@ model in memory, to the bit, and there is no line here about any family of model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import getcurrent, greenlet
+from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,22 +23,29 @@ from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.scoring.building import build, pick_device
 from moeprune.scoring.loading import OUTSIDE, LayerLoader
+from moeprune.scoring.memory import check_memory, device_limit
+from moeprune.scoring.parking import Parking
+from moeprune.scoring.resume import SavedState
 from moeprune.settings import Settings
 
 Result = TypeVar("Result")
 Forward = Callable[[PreTrainedModel], Result]
 
 
+class _Left(BaseException):
+    """A forward is left for good. Not an Exception, so that nothing in the model takes it for one."""
+
+
 class Watcher(Protocol):
     """What may look on while layers run; every method may do nothing."""
 
-    def batch_begins(self, batch: int) -> None:
+    def batch_begins(self, batch: int, /) -> None:
         """The scheduler enters this batch's forward."""
 
-    def layer_begins(self, layer: str) -> None:
+    def layer_begins(self, layer: str, /) -> None:
         """A layer is loaded and the batches are about to pass it."""
 
-    def layer_ends(self, layer: str) -> None:
+    def layer_ends(self, layer: str, /) -> None:
         """All batches have passed the layer and it is dropped."""
 
 
@@ -49,42 +58,61 @@ class LayerStream:
         self.model = build(checkpoint, settings)
         self.layers = find_layers(self.model)
         if not self.layers:
-            raise InputError(
-                f"{type(self.model).__name__} has no layers that transformers marks as such; cannot stream it"
-            )
+            raise InputError(f"{type(self.model).__name__} marks no layers as transformers does, so it cannot be streamed")
         self.order = {name: i for i, name in enumerate(self.layers)}
         self.loader = LayerLoader(self.model, checkpoint, tuple(self.layers), self.device)
+        self.reads_ahead = check_memory(self.loader, self.device)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self.device)
+        spill = settings.output_path / "reap_state"
+        self.parking = Parking(self.device, device_limit(self.loader, self.device), settings.hidden_memory, spill)
+        self._saving = False
+        self.current = -1  # the batch whose forward runs
 
     def run(
-        self, forwards: Sequence[Forward[Result]], *, watchers: Sequence[Watcher] = (), until: str | None = None
+        self,
+        forwards: Sequence[Forward[Result]],
+        *,
+        watchers: Sequence[Watcher] = (),
+        until: str | None = None,
+        state: SavedState | None = None,
     ) -> list[Result | None]:
         """Call every forward with the model, layer by layer; their results in order.
 
         With `until`, each forward is left for good behind that layer and its result is None: what comes later, such as
-        the head, is neither loaded nor run.
+        the head, is neither loaded nor run. With `state`, finished layers are saved, and those of an earlier run skipped.
         """
         results: list[Result | None] = [None] * len(forwards)
 
         def batch(index: int) -> None:
-            results[index] = forwards[index](self.model)
+            with suppress(_Left):
+                results[index] = forwards[index](self.model)
 
         with torch.no_grad(), ExitStack() as stack:
             stack.callback(self.loader.drop, OUTSIDE)
             self.loader.load(OUTSIDE, skip=self._head() if until else ())
             self.model.tie_weights()
-            stack.enter_context(self._stops(until))
-            self._schedule([greenlet(lambda i=i: batch(i)) for i in range(len(forwards))], watchers)
+            skipped = self._skipped(state)
+            stack.enter_context(self._handing_out(skipped, state))
+            stack.enter_context(self._stops(until, skipped, state))
+            self._schedule([greenlet(partial(batch, index)) for index in range(len(forwards))], watchers, state)
         return results
 
-    def _schedule(self, batches: Sequence[greenlet], watchers: Sequence[Watcher]) -> None:
+    def _schedule(self, batches: Sequence[greenlet], watchers: Sequence[Watcher], state: SavedState | None) -> None:
         """Let all batches reach their next layer, load the earliest one, let those that wait for it pass; repeat."""
 
         def enter(index: int) -> str:
+            self.current = index
+            self.parking.unpark(index)
             for watcher in watchers:
                 watcher.batch_begins(index)
-            return batches[index].switch()  # type: ignore[no-any-return]
+            stopped = batches[index].switch()
+            if stopped is None:
+                self.parking.forget(index)
+                return ""
+            layer, arguments = stopped
+            self.parking.park(index, arguments)
+            return str(layer)
 
         waiting = {index: enter(index) for index in range(len(batches))}
         while waiting := {index: at for index, at in waiting.items() if not batches[index].dead}:
@@ -93,32 +121,41 @@ class LayerStream:
             self._read_ahead(layer)
             for watcher in watchers:
                 watcher.layer_begins(layer)
+            self._saving = state is not None and state.begin(layer)
             for index in [index for index, at in waiting.items() if at == layer]:
                 waiting[index] = enter(index)
             self.loader.drop(layer)
             for watcher in watchers:
                 watcher.layer_ends(layer)
+            if state is not None and self._saving:
+                state.commit(layer)
 
     def _read_ahead(self, layer: str) -> None:
         following = self.order[layer] + 1
-        if following < len(self.layers):
+        if self.reads_ahead and following < len(self.layers):
             self.loader.read_ahead(tuple(self.layers)[following])
 
     @contextmanager
-    def _stops(self, until: str | None) -> Iterator[None]:
+    def _stops(self, until: str | None, skipped: Sequence[str], state: SavedState | None) -> Iterator[None]:
         """Hooks that leave a forward in front of every layer, and for good behind `until`."""
         scheduler = getcurrent()
 
         def stop(name: str) -> Callable[..., None]:
-            def hook(_module: torch.nn.Module, _args: Any) -> None:  # anything but None would replace the arguments
-                scheduler.switch(name)
+            def hook(_module: Module, args: Any, kwargs: Any) -> None:  # anything but None would replace the arguments
+                scheduler.switch((name, (args, kwargs)))
 
             return hook
 
-        def leave(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
-            raise GreenletExit
+        def keep(_module: Module, _args: Any, output: Any) -> None:
+            if state is not None and self._saving:
+                state.put(self.current, output)
 
-        hooks = [module.register_forward_pre_hook(stop(name)) for name, module in self.layers.items()]
+        def leave(_module: Module, _args: Any, _output: Any) -> None:
+            raise _Left
+
+        running = {name: module for name, module in self.layers.items() if name not in skipped}
+        hooks = [module.register_forward_pre_hook(stop(name), with_kwargs=True) for name, module in running.items()]
+        hooks += [module.register_forward_hook(keep) for module in running.values()]
         if until is not None:
             hooks.append(self.layers[until].register_forward_hook(leave))
         try:
@@ -126,6 +163,29 @@ class LayerStream:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _skipped(self, state: SavedState | None) -> tuple[str, ...]:
+        """The layers up to the saved one, of its own stack; a vision tower in front of it runs again."""
+        if state is None or state.layer is None:
+            return ()
+        stack, last = state.layer.rpartition(".")[0], self.order[state.layer]
+        return tuple(name for name, i in self.order.items() if i <= last and name.rpartition(".")[0] == stack)
+
+    @contextmanager
+    def _handing_out(self, skipped: Sequence[str], state: SavedState | None) -> Iterator[None]:
+        """Layers that do not run hand out what the last of them put out in an earlier run."""
+
+        def saved(*_args: Any, **_kwargs: Any) -> Any:
+            assert state is not None
+            return state.output(self.current, self.device)
+
+        for name in skipped:
+            self.layers[name].forward = saved
+        try:
+            yield
+        finally:
+            for name in skipped:
+                del self.layers[name].forward
 
     def _head(self) -> tuple[str, ...]:
         """The parameters of the output head, unless they are those of the embedding too."""
@@ -136,9 +196,9 @@ class LayerStream:
         return () if any(name in tied or name in tied.values() for name in own) else tuple(own)
 
 
-def find_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+def find_layers(model: PreTrainedModel) -> dict[str, Module]:
     """Every decoder, encoder and vision layer in the order of the model; outermost ones only."""
-    layers: dict[str, torch.nn.Module] = {}
+    layers: dict[str, Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(layer + ".") for layer in layers)
         if isinstance(module, GradientCheckpointingLayer) and not inside:

@@ -6,6 +6,9 @@ D domains, G buckets: D * SLICES and a last one for tokens that do not count.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -122,3 +125,27 @@ class Tally:
 
 def _by_domain(tokens_G: Array) -> Array:
     return tokens_G.reshape(-1, SLICES).sum(1)
+
+
+def sums_to_tensors(sums: BlockSums) -> dict[str, Any]:
+    """A block's sums as nested dictionaries of tensors, for the saved state."""
+    return {
+        "experts": sums.experts,
+        "tokens_D": torch.from_numpy(sums.tokens_D),
+        "values": {name: torch.from_numpy(array) for name, array in sums.values.items()},
+        "slices": {name: torch.from_numpy(array) for name, array in sums.slices.items()},
+        "gram_EDD": None if sums.gram_EDD is None else torch.from_numpy(sums.gram_EDD),
+    }
+
+
+def sums_from_tensors(block: str, saved: Mapping[str, Any]) -> BlockSums:
+    """The inverse of `sums_to_tensors`."""
+    gram = saved["gram_EDD"]
+    return BlockSums(
+        block=block,
+        experts=saved["experts"],
+        tokens_D=saved["tokens_D"].numpy(),
+        values={name: tensor.numpy() for name, tensor in saved["values"].items()},
+        slices={name: tensor.numpy() for name, tensor in saved["slices"].items()},
+        gram_EDD=None if gram is None else gram.numpy(),
+    )

@@ -1,0 +1,59 @@
+"""How much memory there is, and whether a layer fits into it; asked before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from moeprune.console import size, warn
+from moeprune.errors import MachineError
+from moeprune.scoring.loading import OUTSIDE, LayerLoader
+
+CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+HIDDEN_SHARE = 0.5  # of the device memory left beside two layers: hidden states; the rest is for computing
+
+
+def available() -> int:
+    """Bytes of memory that can still be taken here, within the limit of a container."""
+    free = 0
+    with contextlib.suppress(FileNotFoundError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(FileNotFoundError, ValueError):  # "max" where there is no limit
+        limit, used = (int(path.read_text(encoding="ascii")) for path in CGROUP)
+        free = min(free or limit, limit - used)
+    return free or 2**62  # unknown on this system: let it try
+
+
+def check_memory(loader: LayerLoader, device: torch.device) -> bool:
+    """Refuse a model whose single layer does not fit; say whether there is room to read one layer ahead."""
+    largest = max(loader.layers, key=lambda layer: loader.nbytes[layer])
+    layer, stored, outside = loader.nbytes[largest], loader.stored_bytes[largest], loader.nbytes[OUTSIDE]
+    free = available()
+    need = stored + outside + layer if device.type == "cpu" else 2 * stored
+    if need > free:
+        raise MachineError(
+            f"{largest} needs {size(need)} of memory while it is loaded, and {size(free)} are free here; "
+            "a machine with more memory can do it"
+        )
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0]
+        if outside + 2 * layer > room:
+            raise MachineError(
+                f"{largest} needs {size(outside + 2 * layer)} of device memory and {size(room)} are free; "
+                "set REAP_DEVICE=cpu or use a larger device"
+            )
+    if need + stored > free:
+        warn(f"memory is short ({size(free)} free): the next layer is not read while one computes")
+        return False
+    return True
+
+
+def device_limit(loader: LayerLoader, device: torch.device) -> int:
+    """Bytes of hidden states that may stay on the device; without one there is no limit here."""
+    if device.type != "cuda":
+        return 2**62
+    layers = 2 * max(loader.nbytes[layer] for layer in loader.layers)
+    return max(0, int((torch.cuda.mem_get_info(device)[0] - layers - loader.nbytes[OUTSIDE]) * HIDDEN_SHARE))
