@@ -236,11 +236,11 @@ def _check_complete(module: str, parts: Iterable[Part], experts: int) -> None:
     """Every expert must own the same tensors; a hole would become a wrong number after the cut."""
     by_suffix: dict[str, set[int]] = {}
     for part in parts:
-        if part.kind == "expert" and part.share == 1 and (match := EXPERT.fullmatch(part.tensor)):
+        if part.kind in ("expert", "tail") and part.share == 1 and (match := EXPERT.fullmatch(part.tensor)):
             by_suffix.setdefault(part.tensor[match.end("id") :], set()).add(part.expert)
     for suffix, have in by_suffix.items():
         missing = sorted(set(range(experts)) - have)
-        if missing and len(have) > 0:
+        if missing:
             raise InputError(
                 f"{module}experts: expert {missing[0]} has no tensor {suffix.lstrip('.')}; fetch the model again"
             )
