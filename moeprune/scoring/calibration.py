@@ -6,12 +6,12 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeprune import console
 from moeprune.errors import InputError, UsageError
-from moeprune.scoring.batching import SLICES, Batch, Document, packed, unpacked, why_not_packed
+from moeprune.scoring.batching import SLICES, Batch, Document, can_pack, fill_rows, packed, unpacked
 from moeprune.scoring.presets import Plan, plan_for
 from moeprune.scoring.samples import Sample, parse_columns
 from moeprune.scoring.selection import announce, choose, shares
@@ -39,10 +39,7 @@ class Calibration:
 
 def load_calibration(settings: Settings, tokenizer: Any, config: Any) -> Calibration:
     """Read, choose, render, tokenise and batch the calibration samples."""
-    plan = plan_for(settings)
-    refusal = why_not_packed(config) if plan.packing else None
-    if refusal:
-        raise UsageError(f"packing cannot be used with {getattr(config, 'model_type', 'this model')}: {refusal}")
+    plan = _packing_checked(plan_for(settings), settings, config)
     sources = parse_sources(plan.spec, settings.seed, settings.hf_token)
     if not plan.spec:
         console.say(BUILTIN_NOTE)
@@ -53,13 +50,26 @@ def load_calibration(settings: Settings, tokenizer: Any, config: Any) -> Calibra
     _check_vocabulary(documents, config)
     pad = _padding(tokenizer)
     if plan.packing:
-        documents = _filling(documents, plan, skipped)
-        batches = packed(documents, plan.max_seq_len, settings.batch_size, pad)
+        rows = fill_rows(documents, plan.max_seq_len)[: plan.max_samples]
+        skipped["not needed to fill the sequences"] = len(documents) - sum(map(len, rows))
+        documents = [document for row in rows for document in row]
+        batches = packed(rows, plan.max_seq_len, settings.batch_size, pad)
     else:
         batches = unpacked(documents, settings.batch_size, pad)
     summary = _summary(settings, plan, sources, domains, documents, skipped) | {"cut_to_max_seq_len": cut}
     _report(summary)
     return Calibration(batches, domains, summary["fingerprint"], summary)
+
+
+def _packing_checked(plan: Plan, settings: Settings, config: Any) -> Plan:
+    """Packing only where it is known to be right: refused when asked for by name, left out of a preset otherwise."""
+    if not plan.packing or can_pack(config):
+        return plan
+    why = f"packed documents are not known to stay apart in {getattr(config, 'model_type', 'this model')}"
+    if settings.packing == "on":
+        raise UsageError(f"{why}; leave packing off: batches are sorted by length, so little is lost")
+    console.warn(f"{why}, so the preset runs unpacked: one document a row, up to {plan.max_samples} documents")
+    return replace(plan, packing=False)
 
 
 def _chosen(sources: Sequence[Source], plan: Plan, settings: Settings, skipped: Counter[str]) -> list[Sample]:
@@ -73,18 +83,6 @@ def _chosen(sources: Sequence[Source], plan: Plan, settings: Settings, skipped: 
         samples += choice.samples
         skipped["empty"] += choice.empty
     return samples
-
-
-def _filling(documents: Sequence[Document], plan: Plan, skipped: Counter[str]) -> list[Document]:
-    """The first documents that together fill `max_samples` sequences."""
-    room = plan.max_samples * plan.max_seq_len
-    used = 0
-    for index, document in enumerate(documents):
-        used += len(document.ids)
-        if used > room:
-            skipped["not needed to fill the sequences"] += len(documents) - index
-            return list(documents[:index])
-    return list(documents)
 
 
 def _summary(

@@ -27,6 +27,7 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
 }
 CONTENT = ("messages", "prompt", "text", "regions")  # a row needs one of these; the first found is taken
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
+MESSAGE_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")  # what templates read besides
 REGIONS_REQUEST = "Find each of these regions in the image and give its bounding box:"
 
 
@@ -165,7 +166,8 @@ def _message(raw: Mapping[str, Any], images: list[Any], place: str) -> dict[str,
         raise InputError(f"{place}: a message without a role")
     content = message.pop("content", message.pop("value", ""))
     calls = message.pop("tool_calls", None)
-    made = {"role": ROLES.get(role.lower(), role.lower()), "content": _content(content, images, place), **message}
+    known = {key: message[key] for key in MESSAGE_FIELDS if key in message}
+    made = {"role": ROLES.get(role.lower(), role.lower()), "content": _content(content, images, place), **known}
     return made | ({"tool_calls": [_call(call, place) for call in calls]} if calls else {})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from moeprune.scoring.samples import Sample
 
 # Templates that print today's date would make other tokens tomorrow.
 TODAY = datetime.date(2026, 1, 1)
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # The names that families give to the same switch.
 THINKING_NAMES = ("enable_thinking", "thinking")
 
@@ -31,10 +33,14 @@ class Refused(Exception):
     """The chat template does not take this conversation."""
 
 
-def template_settings(thinking: str) -> dict[str, Any]:
-    """What every template is given besides the messages."""
-    chosen = {} if thinking == "auto" else dict.fromkeys(THINKING_NAMES, thinking == "on")
-    return {"strftime_now": TODAY.strftime, "date_string": TODAY.strftime("%d %b %Y"), **chosen}
+def template_settings(tokenizer: Any, tools: list[Any] | None, thinking: str) -> dict[str, Any]:
+    """What the template is given besides the messages; where it asks for the time, a copy with a fixed date."""
+    chosen: dict[str, Any] = {} if thinking == "auto" else dict.fromkeys(THINKING_NAMES, thinking == "on")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several templates, one of them for tools
+        template = tokenizer.get_chat_template(tools=tools)
+    dated = CLOCK.sub(lambda call: repr(TODAY.strftime(call[2])), template)
+    return chosen if dated == template else {**chosen, "chat_template": dated}
 
 
 def render(sample: Sample, tokenizer: Any, rules: Rules) -> tuple[str, bool]:
@@ -47,10 +53,11 @@ def render(sample: Sample, tokenizer: Any, rules: Rules) -> tuple[str, bool]:
     if not tokenizer.chat_template:
         return joined_plainly(messages, sample.as_prompt), True
     tools = None if sample.tools is None else json.loads(sample.tools)
+    extra = template_settings(tokenizer, tools, rules.thinking)
     for attempt in (messages, _with_text_arguments(messages), _without_system(messages)):
         try:
             made = tokenizer.apply_chat_template(
-                attempt, tools=tools, tokenize=False, add_generation_prompt=False, **template_settings(rules.thinking)
+                attempt, tools=tools, tokenize=False, add_generation_prompt=False, **extra
             )
         except (TemplateError, TypeError) as error:
             reason = str(error)
