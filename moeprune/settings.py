@@ -21,6 +21,7 @@ from moeprune.errors import UsageError
 STAGES = {
     "reap": "Score the experts of a model on calibration data.",
     "prune": "Write the smaller model from the scores.",
+    "preview": "Show what each cut would lose, before anything is written.",
     "test": "Generate with the pruned model and judge it against its parent.",
     "combine": "Add up the scores of several runs on the same model.",
 }
@@ -83,24 +84,28 @@ def setting(
 class Settings:
     """The resolved settings of one run."""
 
-    model_path: str = setting("", str, "reap prune test", "folder with the checkpoint, or a hub id")
-    output_path: Path = setting(Path("output"), Path, "reap prune test combine", "folder for every result")
+    model_path: str = setting("", str, "reap prune preview test", "folder with the checkpoint, or a hub id")
+    output_path: Path = setting(Path("output"), Path, "reap prune preview test combine", "folder for every result")
     pruned_output_path: str = setting(
         "", str, "prune test", "folder of the pruned model; empty: a name from model and count, in the output folder"
     )
-    hf_token: str = setting("", str, "reap prune test", "hub access token", env="HF_TOKEN", secret=True)
-    trust_remote_code: bool = setting(False, switch, "reap test", "run model code that comes with the checkpoint")
+    hf_token: str = setting("", str, "reap prune preview test", "hub access token", env="HF_TOKEN", secret=True)
+    trust_remote_code: bool = setting(
+        False, switch, "reap preview test", "run model code that comes with the checkpoint"
+    )
     device: str = setting(
-        "auto", one_of("auto", "cpu", "cuda", "mps"), "reap test", "where to compute: auto | cpu | cuda"
+        "auto", one_of("auto", "cpu", "cuda", "mps"), "reap preview test", "where to compute: auto | cpu | cuda"
     )
     dtype: str = setting(
         "auto",
         one_of("auto", "float32", "bfloat16", "float16"),
-        "reap test",
+        "reap preview test",
         "compute in this type; auto: the checkpoint's",
     )
-    seed: int = setting(42, int, "reap prune test", "seed of every random choice")
-    force: bool = setting(False, switch, "reap prune test combine", "do it again although the result is current")
+    seed: int = setting(42, int, "reap prune preview test", "seed of every random choice")
+    force: bool = setting(
+        False, switch, "reap prune preview test combine", "do it again although the result is current"
+    )
     runtime: str = setting("auto", one_of("auto", "docker", "native"), "run", "where steps run: auto | docker | native")
     python: str = setting("", str, "run", "interpreter that has the requirements; empty: .venv, which run.sh sets up")
     torch_index: str = setting("", str, "run", "package index with builds of torch for this machine")
@@ -129,13 +134,13 @@ class Settings:
     )
     system_prompt: str = setting("", str, "reap", "system prompt for calibration chats that bring none")
     max_samples: int = setting(512, positive, "reap", "calibration samples to use at most")
-    max_seq_len: int = setting(2048, positive, "reap test", "tokens in a sequence at most")
-    batch_size: int = setting(8, positive, "reap test", "sequences that run together")
+    max_seq_len: int = setting(2048, positive, "reap preview test", "tokens in a sequence at most")
+    batch_size: int = setting(8, positive, "reap preview test", "sequences that run together")
     scoring_mode: str = setting(
         "routed", one_of("routed", "full", "router"), "reap", "what is measured: routed (REAP) | full | router"
     )
     hidden_memory: int = setting(
-        8_000_000_000, amount, "reap test", "memory for hidden states; what is beyond it goes to the disk"
+        8_000_000_000, amount, "reap preview test", "memory for hidden states; what is beyond it goes to the disk"
     )
 
     prune_ratio: float = setting(0.5, ratio, "reap prune", "share of the experts to remove in each layer")
@@ -143,16 +148,19 @@ class Settings:
     target_size: int = setting(
         0, amount, "prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset"
     )
-    metric: str = setting("auto", str, "reap prune", "how experts are ranked; auto follows the scoring mode")
+    metric: str = setting("auto", str, "reap prune preview", "how experts are ranked; auto follows the scoring mode")
     blend: str = setting(
         "auto",
         one_of("auto", "pooled", "weighted", "shares", "maxmin"),
-        "reap prune",
+        "reap prune preview",
         "how calibration domains are blended: auto | pooled | weighted | shares | maxmin",
     )
-    weights: str = setting("", str, "reap prune", "weights of domains, such as code=2,chat=1; others weigh 1")
+    weights: str = setting("", str, "reap prune preview", "weights of domains, such as code=2,chat=1; others weigh 1")
     protect: str = setting(
-        "none", one_of("none", "super", "outliers"), "reap prune", "experts never removed: none | super | outliers"
+        "none",
+        one_of("none", "super", "outliers"),
+        "reap prune preview",
+        "experts never removed: none | super | outliers",
     )
     engine: str = setting(
         "", str, "prune", "serving engines to suit, comma separated: vllm, sglang, llama.cpp, trtllm, mlx, transformers"
@@ -163,19 +171,36 @@ class Settings:
         "", str, "prune", 'JSON file with the experts that stay, {"keep": {block: [0, 3, 5]}}; beats scores'
     )
     other_scores: bool = setting(
-        False, switch, "prune", "use scores of another copy of the model, such as the bf16 original of a quantized one"
+        False,
+        switch,
+        "prune preview",
+        "use scores of another copy of the model, such as the bf16 original of a quantized one",
     )
     drop_mtp: bool = setting(False, switch, "prune", "remove the layers that predict further tokens (MTP)")
     dry_run: bool = setting(False, switch, "prune", "say what would happen and write nothing")
 
-    evaluation_path: str = setting("", str, "test", "held-out data to judge on; empty: the built-in set")
-    evaluation_samples: int = setting(512, positive, "test", "held-out samples to compare the two models on at most")
+    evaluation_path: str = setting("", str, "preview test", "held-out data to judge on; empty: the built-in set")
+    evaluation_samples: int = setting(
+        512, positive, "preview test", "held-out samples to compare the two models on at most"
+    )
+    ratios: str = setting("0.125,0.25,0.375,0.5,0.625,0.75", str, "preview", "ratios to preview, comma separated")
+    metrics: str = setting("", str, "preview", "metrics to preview, comma separated; empty: the one of --metric")
+    plans: str = setting("", str, "preview", "JSON files with plans to preview besides, comma separated")
+    endpoint: str = setting(
+        "", str, "test", "OpenAI-compatible server of the pruned model, such as http://host:8000/v1"
+    )
+    parent_endpoint: str = setting("", str, "test", "server of the parent, to compare with")
+    endpoint_key: str = setting("", str, "test", "key for the servers", secret=True)
     generations: int = setting(
         800, positive, "test", "prompts to continue at most; fewer than 750 hide doubled loop rates"
     )
     max_new_tokens: int = setting(96, positive, "test", "tokens to generate for a prompt at most")
-    max_kl: float = setting(0.8, float, "test", "fail above this mean KL divergence to the parent, nats per token")
-    max_loss_increase: float = setting(1.0, float, "test", "fail above this increase of the loss, nats per token")
+    max_kl: float = setting(
+        0.8, float, "preview test", "fail above this mean KL divergence to the parent, nats per token"
+    )
+    max_loss_increase: float = setting(
+        1.0, float, "preview test", "fail above this increase of the loss, nats per token"
+    )
     min_same_top: float = setting(
         0.5, float, "test", "fail below this share of tokens with the parent's most likely one"
     )

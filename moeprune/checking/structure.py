@@ -238,8 +238,9 @@ def _tolerance(x: torch.Tensor) -> float:
 
 def _off(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     """Rows that differ by more than the tolerance (or are not numbers)."""
-    distance = torch.linalg.vector_norm(expected.float() - got.float(), dim=-1)
-    return ~(distance <= _tolerance(expected) * torch.linalg.vector_norm(expected.float(), dim=-1) + 1e-12)
+    distance_T = torch.linalg.vector_norm(expected.float() - got.float(), dim=-1)
+    allowed_T = _tolerance(expected) * torch.linalg.vector_norm(expected.float(), dim=-1) + 1e-12
+    return torch.logical_not(distance_T <= allowed_T)
 
 
 def _sentences(pair: Pair, tally: Tally) -> list[str]:

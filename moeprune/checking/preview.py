@@ -1,0 +1,203 @@
+"""What each cut would lose, before anything is written: the parent with masked experts, all variants in one pass.
+
+Masking is exactly what the cut model computes, for softmax, sigmoid and biased routers alike; where routing groups lose
+unequal numbers of experts no cut is possible, and such plans are refused by the planning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune import console, metadata
+from moeprune.checking import fidelity, samples, subject
+from moeprune.checking.streamed import Streamed
+from moeprune.checkpoint.families import Layout, understand
+from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
+from moeprune.errors import InputError, UsageError
+from moeprune.planning import decision
+from moeprune.planning.plan import Limits
+from moeprune.pruning.choice import SCORES, bytes_per_expert
+from moeprune.settings import Settings, ratio
+
+KIND = "preview"
+SHAPING = ("dtype", "seed", "max_seq_len", "evaluation_samples", "ratios", "metrics", "metric", "blend", "weights",
+           "protect", "max_kl", "max_loss_increase", "device")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model that could be cut."""
+
+    name: str
+    metric: str
+    kept: int
+    bytes: int
+    keep: dict[str, tuple[int, ...]]
+
+
+def main(settings: Settings) -> None:
+    """Preview and write output/preview.json; stdout gets its path."""
+    checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
+    layout = understand(checkpoint)
+    target = settings.output_path / f"{KIND}.json"
+    scores = settings.output_path / SCORES
+    named = [settings.evaluation_path, *_names(settings.plans), str(scores)]
+    files = [Path(name) for name in named if Path(name).is_file()]
+    values = [str(getattr(settings, name)) for name in SHAPING]
+    key = metadata.digest(fingerprint(checkpoint), *values, *files)
+    if not settings.force and metadata.is_current(target, KIND, key):
+        console.say(f"{target} is current; --force previews again")
+    else:
+        found = variants(settings, checkpoint, layout)
+        metadata.write_json(target, measure(settings, checkpoint, found, layout, key))
+    show(metadata.read_result(target, KIND))
+    print(target)
+
+
+def variants(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> list[Variant]:
+    """Every metric at every ratio, and every plan from a file; equal ones once."""
+    each = sum(bytes_per_expert(checkpoint, block) for block in layout.blocks)
+    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    made = [*_from_scores(settings, checkpoint, layout), *_from_files(settings, layout)]
+    sized = [dataclasses.replace(v, bytes=size - each * (layout.experts - v.kept)) for v in made]
+    unique: dict[Any, Variant] = {}
+    for variant in sized:
+        unique.setdefault((variant.metric, tuple(sorted(variant.keep.items()))), variant)
+    return list(unique.values())
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        return [ratio(name) for name in _names(text)]
+    except ValueError as error:
+        raise UsageError(f"--ratios {text}: {error}") from None
+
+
+def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> list[Variant]:
+    path = settings.output_path / SCORES
+    if not path.exists():
+        if settings.plans:
+            return []
+        raise InputError(f"no scores at {path}; run reap.py on the model first, or give --plans")
+    data = metadata.read_result(path, "reap_metadata")
+    scored = data["inputs"]["model"].get("fingerprint")
+    if not settings.other_scores and scored != fingerprint(checkpoint):
+        raise InputError(f"the scores in {path} were made on another model; run reap.py on it, or pass --other-scores")
+    sums = metadata.Sums.from_json(data["scores"])
+    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    trunk = [block.name for block in layout.blocks if block.role == "trunk"]
+    made = []
+    for metric in _names(settings.metrics) or [settings.metric]:
+        for share in _ratios(settings.ratios):
+            chosen = dataclasses.replace(settings, metric=metric, prune_ratio=share, keep=0, target_size=0)
+            count = decision.choose_count(chosen, limits, layout.model_type).count
+            decided = decision.decide(chosen, sums, count, limits, trunk=trunk)
+            made.append(Variant(f"{decided.how.metric}, {count} of {layout.experts}", decided.how.metric, count, 0,
+                                {name: tuple(ids) for name, ids in decided.plan.keep.items()}))  # fmt: skip
+    return made
+
+
+def _from_files(settings: Settings, layout: Layout) -> list[Variant]:
+    made = []
+    for name in _names(settings.plans):
+        data = metadata.read_json(Path(name), "the plan")
+        lists = data.get("keep") or data.get("plan", {}).get("keep")
+        if not isinstance(lists, dict) or not lists:
+            raise InputError(f'{name} must hold {{"keep": {{"model.layers.0": [0, 3, 5], ...}}}}')
+        keep = {block: tuple(ids) for block, ids in lists.items()}
+        if any(not ids or min(ids) < 0 or max(ids) >= layout.experts for ids in keep.values()):
+            raise InputError(f"{name} names experts that the model does not have; it has {layout.experts} in a layer")
+        made.append(Variant(Path(name).stem, "plan", len(next(iter(keep.values()))), 0, keep))
+    return made
+
+
+def measure(
+    settings: Settings, checkpoint: Checkpoint, found: Sequence[Variant], layout: Layout, key: str
+) -> dict[str, Any]:
+    """Stream the parent with every variant's mask and compare each with the parent itself."""
+    start = time.monotonic()
+    tokenizer = subject.load_tokenizer(checkpoint.folder, settings)
+    held_out = samples.load_samples(settings.evaluation_path, settings.evaluation_samples, settings.seed)
+    batches = samples.batches(held_out, tokenizer, settings.max_seq_len, settings.batch_size)
+    parent = Streamed(checkpoint.folder, settings)
+    rows: list[dict[str, Any]] = []
+    for part in _parts(found, batches, parent, settings):
+        whole, *states = parent.variants(batches, [None, *(variant.keep for variant in part)])
+        with parent.head() as head:
+            for variant, own in zip(part, states, strict=True):
+                tokens = fidelity.compare(head, head, batches, (whole, own), parent.vocabulary)
+                rows.append(_row(variant, layout, fidelity.summary(tokens, held_out, settings.seed)))
+    rows.sort(key=lambda row: (row["metric"], row["bytes"]))
+    return {
+        **metadata.header(KIND, ("torch", "transformers")),
+        "settings": settings.public(),
+        "inputs": {
+            "fingerprint": key,
+            "model": {"path": str(checkpoint.folder), "bytes": checkpoint.total_bytes, "experts": layout.experts},
+            "held_out": {"source": settings.evaluation_path or "built-in", "samples": len(held_out)},
+        },
+        "variants": rows,
+        "bounds": {"max_kl": settings.max_kl, "max_loss_increase": settings.max_loss_increase},
+        "smallest_within_bounds": _smallest(rows, settings),
+        "warnings": console.warnings(),
+        "timing": {"total_s": round(time.monotonic() - start, 3)},
+    }
+
+
+def _parts(
+    found: Sequence[Variant], batches: Sequence[samples.Batch], parent: Streamed, settings: Settings
+) -> list[Sequence[Variant]]:
+    """As many variants at once as their final hidden states fit the budget."""
+    judged = sum(int(batch.scored_BT.sum()) for batch in batches)
+    one = judged * int(parent.model.config.get_text_config().hidden_size) * 4
+    size = max(1, settings.hidden_memory // max(one, 1) - 1)
+    return [found[start : start + size] for start in range(0, len(found), size)]
+
+
+def _row(variant: Variant, layout: Layout, summary: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": variant.name,
+        "metric": variant.metric,
+        "kept": variant.kept,
+        "experts": layout.experts,
+        "bytes": variant.bytes,
+        "fidelity": summary,
+    }
+
+
+def _smallest(rows: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any] | None:
+    """The smallest variant whose upper interval ends stay within the bounds."""
+    good = [
+        row
+        for row in rows
+        if row["fidelity"]["overall"]["kl_interval"][1] <= settings.max_kl
+        and row["fidelity"]["overall"]["loss_increase"] <= settings.max_loss_increase
+    ]
+    best = min(good, key=lambda row: (row["bytes"], row["fidelity"]["overall"]["kl"]), default=None)
+    return best and {name: best[name] for name in ("name", "metric", "kept", "bytes")}
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table a person reads."""
+    console.say(
+        f"{'variant':<28} {'size':>9} {'loss':>7} {'KL mean':>8} {'95% interval':>16} {'median':>7} {'same top':>9}"
+    )
+    for row in result["variants"]:
+        overall = row["fidelity"]["overall"]
+        low, high = overall["kl_interval"]
+        console.say(
+            f"{row['name']:<28} {console.size(row['bytes']):>9} {overall['loss']:>7.3f} {overall['kl']:>8.4f} "
+            f"{f'{low:.4f} to {high:.4f}':>16} {overall['kl_median']:>7.4f} {overall['same_top']:>9.1%}"
+        )
+    best, bounds = result["smallest_within_bounds"], result["bounds"]
+    within = f"mean KL {bounds['max_kl']:g} and loss +{bounds['max_loss_increase']:g}"
+    console.say(f"smallest within {within}: {best['name'] + ', ' + console.size(best['bytes']) if best else 'none'}")
