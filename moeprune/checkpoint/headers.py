@@ -84,7 +84,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
     """One entry of the header, believed only when dtype, shape and byte range agree."""
     fields: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
-    dtype = fields.get("dtype")
+    dtype = str(fields.get("dtype"))
     shape, offsets = _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise InputError(f"{path}: the header entry of {name} is damaged: {str(entry)[:100]}")
