@@ -90,7 +90,7 @@ def _packed(rows: Sequence[Sequence[Document]], length: int, pad: int) -> Batch:
 
 
 # Model types whose attention was seen to keep packed documents apart. Not all code gives the positions to the mask:
-# gpt-oss does not. Layers that carry a state (linear attention, state space) or pick keys by an index know no documents.
+# gpt-oss does not. Layers that carry a state (linear, state space) or pick keys by an index know no documents.
 # fmt: off
 PACKS = {
     "aria_text", "cohere2_moe", "dbrx", "deepseek_v2", "deepseek_v3", "dots1",
