@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> None:
     warn_of_other_weights(checkpoint)
     if settings.dry_run:
         say("dry run: nothing was written")
+        print(json.dumps(result.prediction(planned)))
         return
     result.check_target(planned, settings.force)
     cut(planned)

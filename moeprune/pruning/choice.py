@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,17 @@ def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout, gone: Col
     """The keep-lists of all blocks that are not `gone` with their layers."""
     blocks = [block for block in layout.blocks if block.parts[0].tensor not in gone]
     limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
-    choice = (
-        _from_plan(settings, blocks, limits) if settings.plan else _from_scores(settings, checkpoint, layout, blocks)
-    )
+    if settings.plan:
+        choice = _from_plan(settings, layout, blocks, limits)
+    else:
+        choice = _from_scores(settings, checkpoint, layout, blocks)
     check_keep(blocks, choice.keep)
     check_groups(blocks, choice.keep, layout.groups)
     check_runs(blocks, choice.keep, layout.run)
     return choice
 
 
-def _from_plan(settings: Settings, blocks: Sequence[Block], limits: Limits) -> Choice:
+def _from_plan(settings: Settings, layout: Layout, blocks: Sequence[Block], limits: Limits) -> Choice:
     """A plan from a file; blocks of further-token layers that it does not name keep evenly spaced experts."""
     path = Path(settings.plan)
     data = metadata.read_json(path, "the plan")
@@ -55,9 +56,10 @@ def _from_plan(settings: Settings, blocks: Sequence[Block], limits: Limits) -> C
     keep = {block: tuple(ids) for block, ids in lists.items()}
     count = len(next(iter(keep.values())))
     check_count(count, limits)
+    suits = decision.choose_count(replace(settings, keep=count, target_size=0), limits, layout.model_type)
     blind = {block.name: block.experts for block in blocks if block.role != "trunk" and block.name not in keep}
     keep |= make_plan({}, count, limits, unscored=blind).keep
-    return Choice(keep, count, path)
+    return Choice(keep, count, path, suits.notes, suits.warnings)
 
 
 def _are_numbers(ids: Any) -> bool:

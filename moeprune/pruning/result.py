@@ -97,9 +97,28 @@ def check_target(planned: Result, force: bool) -> None:
     writer.check_room(target, planned.bytes_after + planned.bytes_beside)
 
 
+def needs(planned: Result) -> dict[str, int]:
+    """What the cut takes of the machine, in bytes."""
+    memory = BASE_MEMORY + MEMORY_PER_TENSOR * len(planned.actions)
+    return {"disk_bytes": planned.bytes_after + planned.bytes_beside, "memory_bytes": memory}
+
+
+def prediction(planned: Result) -> dict[str, Any]:
+    """What a dry run prints for programs."""
+    return {
+        "target": str(planned.target),
+        "experts": planned.layout.experts,
+        "kept": planned.choice.count,
+        "before_bytes": planned.bytes_before,
+        "after_bytes": planned.bytes_after,
+        "actions": rewrite.counts(planned.actions),
+        **needs(planned),
+    }
+
+
 def describe(planned: Result) -> None:
     """What is going to happen, for a person."""
-    before, after = planned.bytes_before, planned.bytes_after
+    before, after, needed = planned.bytes_before, planned.bytes_after, needs(planned)
     for note in planned.choice.notes:
         say(note)
     for text in planned.choice.warnings:
@@ -109,8 +128,7 @@ def describe(planned: Result) -> None:
     say(f"plan     {planned.choice.count} of {planned.layout.experts} experts in {len(planned.choice.keep)} blocks")
     say(f"size     {size(before)} -> {size(after)} ({after / before:.1%})")
     say(f"tensors  {', '.join(f'{kind} {n}' for kind, n in counts.items())}; {len(planned.actions)} in all")
-    needed = BASE_MEMORY + MEMORY_PER_TENSOR * len(planned.actions)
-    say(f"needs    {size(after + planned.bytes_beside)} of disk, about {size(needed)} of memory")
+    say(f"needs    {size(needed['disk_bytes'])} of disk, about {size(needed['memory_bytes'])} of memory")
     say(f"result   {planned.target}")
 
 

@@ -197,7 +197,7 @@ def new_files(checkpoint: Checkpoint, done: Sequence[Action]) -> tuple[writer.Ne
             kept[action.tensor.file].append(action)
     indexed = set((checkpoint.index or {}).get("weight_map", {}).values())
     shards = [shard for shard in checkpoint.shards if shard.name in indexed]
-    limit = max((shard.stat().st_size for shard in shards), default=0)
+    limit = max((sum(a.tensor.nbytes for a in done if a.tensor.file == shard) for shard in shards), default=0)
     packs: list[tuple[tuple[writer.Entry, ...], Mapping[str, str]]] = []
     for metadata, together in _by_metadata(checkpoint, shards):
         entries = [entry for shard in together for entry in _entries(kept[shard])]

@@ -121,7 +121,7 @@ class Verification:
         old, new = pairs[axes[0]]
         each, rest = divmod(old - new, experts - len(keep))
         tail = old - experts * each
-        if len(axes) != 1 or rest or not 0 <= tail < experts or new != len(keep) * each + tail:
+        if len(axes) != 1 or rest or tail < 0 or new != len(keep) * each + tail:
             raise ResultError(f"{changed}, which is not {len(keep)} of {experts} experts")
         rows = [expert * each + i for expert in keep for i in range(each)]
         return axes[0], rows + list(range(experts * each, old))
