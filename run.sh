@@ -199,11 +199,12 @@ step() {
 }
 
 demo() { # every path is given, so that no setting of the user can point it elsewhere
-  local out=output/demo model=demo/model
-  step reap python reap.py --model-path $model --output-path $out --calibration-path demo/calibration.jsonl
-  step prune python prune_model.py --model-path $model --output-path $out --pruned-output-path $out/pruned --prune-ratio 0.5
-  step test python test_pruned_model.py --model-path $model --output-path $out --pruned-output-path $out/pruned \
-    --evaluation-path demo/evaluation.jsonl
+  local in=(--model-path demo/model --output-path output/demo) pruned=(--pruned-output-path output/demo/pruned) status=0
+  step reap python reap.py "${in[@]}" --calibration-path demo/calibration.jsonl
+  step prune python prune_model.py "${in[@]}" "${pruned[@]}" --prune-ratio 0.5
+  step test python test_pruned_model.py "${in[@]}" "${pruned[@]}" --evaluation-path demo/evaluation.jsonl || status=$?
+  [[ $status != 0 && $status != 5 ]] || step prune python -m moeprune.summary output/demo # 5: judged, and found wanting
+  return "$status"
 }
 
 check() {

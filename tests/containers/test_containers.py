@@ -14,12 +14,12 @@ import pytest
 from tests.containers.conftest import CALLER, ROOT, STATE
 from tests.contracts.documents import passed_to_steps
 
-NATIVE_OUTPUT = "output/native"
+SMALLER = {"REAP_GENERATIONS": "40", "REAP_EVALUATION_SAMPLES": "40"}  # they also show that the shell reaches a step
 
 
 @pytest.fixture(scope="module")
 def demo(checkout):
-    done = checkout.run("--docker", "demo")
+    done = checkout.run("--docker", "demo", **SMALLER)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -30,7 +30,8 @@ def native(checkout, tmp_path_factory):
     folder = tmp_path_factory.mktemp("native") / "project"
     shutil.copytree(checkout.folder, folder, ignore=shutil.ignore_patterns(".env", "output"))
     (folder / "output").mkdir()
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("REAP_")} | {"REAP_PYTHON": sys.executable}
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("REAP_")} | SMALLER
+    environ["REAP_PYTHON"] = sys.executable
     done = subprocess.run(["./run.sh", "--native", "demo"], cwd=folder, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -57,6 +58,7 @@ def test_results_are_those_of_this_machine_to_the_bit(checkout, demo, native):
     for name in [*weights, "config.json"]:
         assert (inside / "pruned" / name).read_bytes() == (outside / "pruned" / name).read_bytes(), name
     reports = [json.loads((folder / "test_report.json").read_text()) for folder in (inside, outside)]
+    assert reports[0]["generation"]["prompts"] <= 40
     assert reports[0]["verdict"] == reports[1]["verdict"]
     assert reports[0]["fidelity"] == reports[1]["fidelity"]
 

@@ -22,6 +22,7 @@ LEVELS = {
     "scoring": 4,
     "checking": 5,
     "doctor": 5,
+    "summary": 5,
 }
 WITHOUT_TORCH = {"errors", "console", "settings", "metadata", "checkpoint", "planning", "pruning"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
