@@ -1,4 +1,4 @@
-"""The last lines of `./run.sh demo`: what became smaller, what it cost and where everything lies; from the JSON alone."""
+"""The last lines of `./run.sh demo`: what got smaller, what it cost and where everything lies; from the JSON alone."""
 
 from __future__ import annotations
 
