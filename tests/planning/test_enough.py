@@ -106,8 +106,21 @@ def test_jaccard_and_curve_by_hand():
     found = assess(Sums("routed", ("a",), (block,)), plan)
     assert found.jaccard == {"l0": pytest.approx(1 / 3)}
     assert found.change == 0.25  # the halves share one of two
+    assert found.domains[0].factor == pytest.approx(25)  # (0.25 / 0.05)^2
     assert found.convergence == (1.0, 1.0, 1.0, 1.0)
     assert found.held_out_loss == pytest.approx((17 - 9) / 18)  # of the first half: 9 + 8 against 8 + 1
+
+
+def test_curve_grows_with_the_slices():
+    # Slice 0 likes experts 0 and 1; all that follow like 2 and 3 ever more.
+    by_slice = np.array([[[5, 5, 0, 0], [0, 4, 4, 0], [0, 0, 4, 9], [0, 0, 4, 9]]], dtype=float)
+    slices = {"count": np.ones_like(by_slice), "gate_norm_sum": by_slice}
+    block = BlockSums("l0", 4, np.array([8.0]), {k: v.sum(axis=1) for k, v in slices.items()}, slices)
+    plan = How("weighted_ean_sum", "pooled", {}, 0, 2, Limits(4, 1), {})
+    found = assess(Sums("routed", ("a",), (block,)), plan, {"a": 10})
+    assert found.convergence == (0.0, 0.0, 0.5, 1.0)
+    assert found.change == 0.5 and found.domains[0].factor == 100.0  # (0.5 / 0.05)^2
+    assert "more would help of: a (about 990 more than its 10 samples)" in found.verdict
 
 
 def test_too_few_samples_to_judge_names_the_domain():

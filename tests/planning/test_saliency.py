@@ -100,6 +100,8 @@ def test_weights_tilt_the_shares():
     wanted = (3 * alone[0] / alone[0].sum() + alone[1] / alone[1].sum()) / 4
     got = score(one_block(tokens, ("a", "b")), "frequency", "shares", {"a": 3})
     np.testing.assert_allclose(got, wanted, rtol=1e-9)
+    got = score(one_block(tokens, ("a", "b")), "frequency", "shares", {"a": 0.003, "b": 0.001})
+    np.testing.assert_allclose(got, wanted, rtol=1e-9)
 
 
 def test_a_domain_without_tokens_does_not_count_among_shares():
