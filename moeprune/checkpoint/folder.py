@@ -44,6 +44,7 @@ class Checkpoint:
     index: dict[str, Any] | None
     side_files: tuple[Path, ...]  # relative to the folder; whatever is not weights
     other_weights: tuple[Path, ...] = ()  # relative too; second copies of the weights, to be left behind
+    container: str = "safetensors"  # or gguf
 
     @property
     def total_bytes(self) -> int:

@@ -1,0 +1,151 @@
+"""Number formats: which one a checkpoint is in, what of it cannot be cut exactly, and which entries name experts.
+
+Nothing is decoded here or in the cut. Packed weights, scales and zero points of an expert carry its number in their
+name, or lie along the same first axis, so the rules of structure.py find them in every format. What a format adds are
+lists of module names in its settings, which have to follow when experts get new numbers (renumber.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune.checkpoint.families import Layout
+from moeprune.checkpoint.folder import Checkpoint
+from moeprune.errors import InputError
+from moeprune.metadata import read_json
+
+Settings = Mapping[str, Any]
+HF_QUANT_CONFIG = Path("hf_quant_config.json")  # modelopt's own copy of the settings
+NAME_LISTS = (HF_QUANT_CONFIG, Path("quantized_layers_manifest.json"))  # side files that name modules
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store numbers."""
+
+    name: str
+    text: str
+    recognise: Callable[[Settings], bool]  # given the quantization settings
+
+
+def _method(*names: str) -> Callable[[Settings], bool]:
+    return lambda settings: str(settings.get("quant_method", "")).lower() in names
+
+
+def _compressed(*formats: str) -> Callable[[Settings], bool]:
+    def recognise(settings: Settings) -> bool:
+        groups = settings.get("config_groups", {})
+        inner = [group.get("format") for group in groups.values()] if isinstance(groups, dict) else []
+        return _method("compressed-tensors")(settings) and bool({settings.get("format"), *inner} & set(formats))
+
+    return recognise
+
+
+def _modelopt(word: str) -> Callable[[Settings], bool]:
+    def recognise(settings: Settings) -> bool:
+        by_modelopt = _method("modelopt", "modelopt_fp4")(settings) or "producer" in settings
+        return by_modelopt and word in json.dumps(settings).upper()
+
+    return recognise
+
+
+FORMATS = (
+    Format("mxfp4", "gpt-oss: blocks and scales, stacked", _method("mxfp4")),
+    Format(
+        "deepseek_fp4",
+        "DeepSeek-V4: packed FP4 with a power of two per 32",
+        lambda settings: _method("fp8")(settings) and settings.get("expert_dtype") == "fp4",
+    ),
+    Format("fp8", "FP8 by block, tensor or channel, also with static scales", _method("fp8", "fbgemm_fp8")),
+    Format("nvfp4", "compressed-tensors NVFP4", _compressed("nvfp4-pack-quantized")),
+    Format("mxfp4_ct", "compressed-tensors MXFP4", _compressed("mxfp4-pack-quantized")),
+    Format("ct_int4", "compressed-tensors INT4 and INT8, packed", _compressed("pack-quantized")),
+    Format("ct_fp8", "compressed-tensors FP8", _compressed("float-quantized", "naive-quantized")),
+    Format("ct_int8", "compressed-tensors INT8", _compressed("int-quantized")),
+    Format("modelopt_nvfp4", "modelopt NVFP4, also mixed with FP8", _modelopt("FP4")),
+    Format("modelopt_fp8", "modelopt FP8", _modelopt("FP8")),
+    Format("modelopt", "modelopt, other", _modelopt("")),
+    Format("awq", "AWQ", _method("awq")),
+    Format("gptq", "GPTQ and GPTQModel", _method("gptq", "gptqmodel")),
+    Format("auto_round", "AutoRound", _method("auto-round", "auto_round", "intel/auto-round")),
+    Format("bitsandbytes", "bitsandbytes 4-bit and 8-bit", _method("bitsandbytes")),
+    Format("torchao", "torchao", _method("torchao")),
+    Format(
+        "mlx",
+        "MLX: affine, mxfp4, nvfp4, mxfp8",
+        lambda settings: {"bits", "group_size"} <= {*settings} and "quant_method" not in settings,
+    ),
+)
+PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
+
+
+def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The quantization settings, wherever they are kept; empty for a plain checkpoint."""
+    config = checkpoint.config
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    for scope in [config, *inner]:
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if isinstance(scope.get(key), dict):
+                return {**({"expert_dtype": config["expert_dtype"]} if "expert_dtype" in config else {}), **scope[key]}
+    if HF_QUANT_CONFIG in checkpoint.side_files:
+        return read_json(checkpoint.folder / HF_QUANT_CONFIG, "modelopt's hf_quant_config.json")
+    return {}
+
+
+def format_of(checkpoint: Checkpoint) -> str:
+    """The name of the checkpoint's format: an entry of FORMATS, or the type that most of its weights have."""
+    if checkpoint.container == "gguf":
+        return "gguf"
+    settings = quantization_of(checkpoint)
+    if not settings:
+        sizes: Counter[str] = Counter()
+        for tensor in checkpoint.tensors.values():
+            sizes[tensor.dtype] += tensor.nbytes
+        dtype = sizes.most_common(1)[0][0] if sizes else "F32"
+        return PLAIN.get(dtype, dtype.lower())
+    found = next((entry.name for entry in FORMATS if entry.recognise(settings)), "")
+    if not found:
+        what = f"{settings.get('quant_method', 'an unnamed method')} (format {settings.get('format', 'not given')})"
+        raise InputError(
+            f"{checkpoint.folder} is quantized by {what}, which is not known; add it to FORMATS "
+            "in moeprune/checkpoint/formats.py"
+        )
+    return found
+
+
+def check_cuttable(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Refuse what slicing bytes would not cut exactly; most such cases structure.py has refused already."""
+    stacked = {part.tensor for block in layout.blocks for part in block.parts if part.kind == "rows"}
+    for shard, metadata in checkpoint.shard_metadata.items():
+        for name, shape in _shapes_in(metadata):
+            if shape[:1] == [layout.experts] and any(tensor.startswith(name.rpartition(".")[0]) for tensor in stacked):
+                raise InputError(
+                    f"{shard.name} keeps the shape {shape} of {name} in its metadata, so its experts cannot be cut "
+                    "byte by byte; dequantize the model first"
+                )
+
+
+def _shapes_in(metadata: Mapping[str, str]) -> Iterator[tuple[str, list[Any]]]:
+    """Shapes that torchao stores beside tensors, as JSON in the header of the shard."""
+    for name, text in metadata.items():
+        if re.search(r'"(shape|_?size|original_shape)"', text):
+            try:
+                data = json.loads(text)
+            except ValueError:
+                continue
+            yield from ((name, shape) for shape in _find(data, ("shape", "size", "_size", "original_shape")))
+
+
+def _find(data: Any, keys: tuple[str, ...]) -> Iterator[list[Any]]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if key in keys and isinstance(value, list):
+                yield value
+            else:
+                yield from _find(value, keys)
