@@ -53,7 +53,7 @@ class Adapter:
     name: str
     fits: Callable[[Module], bool]
     attach: Attach
-    every_expert: bool = True  # whether mode full can run all experts on all tokens through it
+    every_expert: Callable[[Module], bool]  # whether mode full can run all experts on all tokens through it
 
 
 def arguments(module: Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -79,7 +79,8 @@ def attach_grouped(observer: Observer, site: Site, module: Module) -> list[Remov
 
     def before(_module: Module, args: Any, kwargs: Any) -> None:
         x_TH, index_TK, gate_TK = read(args, kwargs)
-        observer.routed(site, index_TK, gate_TK, x_TH)
+        expert_S, order_S = torch.sort(index_TK.reshape(-1))  # as the grouped experts of transformers sort
+        observer.begin(site, expert_S, order_S // index_TK.shape[-1], gate_TK.reshape(-1)[order_S], x_TH)
 
     def after(_module: Module, args: Any, kwargs: Any, _output: Any) -> None:
         observer.every_expert(site, module, read(args, kwargs)[0])
@@ -89,7 +90,7 @@ def attach_grouped(observer: Observer, site: Site, module: Module) -> list[Remov
         module.register_forward_hook(after, with_kwargs=True),
     ]
     if module.has_post_expert_norm:
-        norm: Module = module.post_expert_norm  # type: ignore[assignment]
+        norm = module.get_submodule("post_expert_norm")
         hooks.append(norm.register_forward_hook(lambda _module, _args, y_SH: (observer.outputs(site, y_SH), None)[1]))
         return hooks
 
@@ -102,73 +103,55 @@ def attach_grouped(observer: Observer, site: Site, module: Module) -> list[Remov
     return [*hooks, Undo(remove)]
 
 
-class LinearSpy(TorchFunctionMode):
-    """Keeps the results of products with slices of one stacked weight."""
+class GateSpy(TorchFunctionMode):
+    """Keeps what is multiplied with a column of gates: rows of an expert's output, one gate for each row."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.start, self.end = weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size()
         self.rows: list[torch.Tensor] = []
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and self.start <= args[1].data_ptr() < self.end:
-            self.rows.append(result)
-        return result
-
-
-def runs_a_loop(module: Module) -> bool:
-    """Experts that loop over those hit, in ascending order: a stacked down_proj, or a submodule that gives the output."""
-    return "forward" in vars(type(module)) and (
-        isinstance(getattr(module, "down_proj", None), torch.nn.Parameter) or bool(_output_modules(module))
-    )
-
-
-def _output_modules(module: Module) -> list[Module]:
-    if isinstance(module, torch.nn.ModuleDict):
-        return list(module.values())
-    return [module.mlp] if type(module).__name__ == "DbrxExperts" else []  # type: ignore[list-item]
+        if getattr(func, "__name__", "") in ("mul", "__mul__") and isinstance(args[1], torch.Tensor):
+            y_SH, gates = args[0], args[1]
+            if y_SH.dim() == 2 and gates.shape == (len(y_SH), 1):
+                self.rows.append(y_SH)
+        return func(*args, **(kwargs or {}))
 
 
 def attach_loop(observer: Observer, site: Site, module: Module) -> list[Removable]:
     """Collect the loop's outputs expert by expert; within one they come in the order of torch.where on [K, T]."""
     read = arguments(module)
-    rows: list[torch.Tensor] = []
-    spies: list[LinearSpy] = []
-    hooks: list[Removable] = [
-        inner.register_forward_hook(lambda _module, _args, y: rows.append(y.reshape(-1, y.shape[-1])))
-        for inner in _output_modules(module)
-    ]
+    spies: list[GateSpy] = []
 
     def before(_module: Module, _args: Any, _kwargs: Any) -> None:
-        rows.clear()
-        if not _output_modules(module):
-            spies.append(LinearSpy(module.down_proj))  # type: ignore[arg-type]
-            spies[-1].__enter__()
+        spies.append(GateSpy())
+        spies[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def after(_module: Module, args: Any, kwargs: Any, _output: Any) -> None:
-        if spies:
-            spy = spies.pop()
-            spy.__exit__(None, None, None)
-            rows.extend(spy.rows)
+        spy = spies.pop()
+        spy.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         x_TH, index, gate_TK = read(args, kwargs)
-        expert_S, k_S, token_S = _order_of_loop(index, site.block.experts)
-        if sum(map(len, rows)) != len(expert_S):
+        mask_TKE = index if index.dim() == 3 else torch.nn.functional.one_hot(index)
+        expert_S, k_S, token_S = mask_TKE.permute(2, 1, 0).nonzero(as_tuple=True)
+        if sum(map(len, spy.rows)) != len(expert_S):
             raise InputError(f"{site.path} does not run its experts as expected; add an adapter to {__name__}")
-        y_SH = torch.cat(rows) if rows else x_TH[:0]
+        ours = int((expert_S < site.block.experts).sum())  # identity experts come behind them
+        expert_S, k_S, token_S = expert_S[:ours], k_S[:ours], token_S[:ours]
+        y_SH = torch.cat(spy.rows)[:ours] if spy.rows else x_TH[:0]
         observer.begin(site, expert_S, token_S, gate_TK[token_S, k_S], x_TH)
         observer.outputs(site, y_SH)
+        observer.every_expert(site, module, x_TH)
 
-    hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-    hooks.append(module.register_forward_hook(after, with_kwargs=True))
-    return hooks
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
 
 
-def _order_of_loop(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Expert, choice and token of every slot. Indices [T, K], or a mask [T, K, E]; ids beyond the experts are not ours."""
-    mask_TKE = index if index.dim() == 3 else torch.nn.functional.one_hot(index)
-    expert_S, k_S, token_S = mask_TKE[..., :experts].permute(2, 1, 0).nonzero(as_tuple=True)
-    return expert_S, k_S, token_S
+def runs_a_loop(module: Module) -> bool:
+    """Experts that loop over those hit, in ascending order, and multiply each one's rows with their gates."""
+    names = list(inspect.signature(type(module).forward).parameters)
+    return len(names) == 4 and "experts" in type(module).__name__.lower()
 
 
 def attach_llama4(observer: Observer, site: Site, module: Module) -> list[Removable]:
@@ -211,14 +194,16 @@ def attach_jetmoe(observer: Observer, site: Site, module: Module) -> list[Remova
     ]
 
 
+def _never(_module: Module) -> bool:
+    return False
+
+
 # The first that fits is taken.
 ADAPTERS = (
-    Adapter("grouped", uses_grouped, attach_grouped),
-    Adapter("llama4", lambda m: type(m).__name__ == "Llama4TextExperts", attach_llama4, every_expert=False),
-    Adapter(
-        "jetmoe", lambda m: hasattr(m, "output_linear") and hasattr(m, "router"), attach_jetmoe, every_expert=False
-    ),
-    Adapter("loop", runs_a_loop, attach_loop, every_expert=False),
+    Adapter("grouped", uses_grouped, attach_grouped, lambda _module: True),
+    Adapter("llama4", lambda module: type(module).__name__ == "Llama4TextExperts", attach_llama4, _never),
+    Adapter("jetmoe", lambda m: hasattr(m, "output_linear") and hasattr(m, "router"), attach_jetmoe, _never),
+    Adapter("loop", runs_a_loop, attach_loop, lambda module: not isinstance(module, torch.nn.ModuleDict)),
 )
 
 
@@ -262,7 +247,7 @@ def attached(observer: Observer) -> Iterator[None]:
             module = observer.stream.model.get_submodule(site.path)
             adapter = adapter_of(module)
             assert adapter is not None
-            if observer.mode == "full" and not adapter.every_expert:
+            if observer.mode == "full" and not adapter.every_expert(module):
                 raise UsageError(f"mode full cannot run all experts of {type(module).__name__}; use mode routed")
             hooks += adapter.attach(observer, site, module)
             if observer.mode != "routed":

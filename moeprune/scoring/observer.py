@@ -103,18 +103,13 @@ class Observer:
                 if tally.sums:  # a block that no token reached has no scores
                     self.done[site.block.name] = _finite(tally.result(site.block.name), self.stream.model.dtype)
 
-    def routed(self, site: Site, index_TK: torch.Tensor, gate_TK: torch.Tensor, x_TH: torch.Tensor) -> None:
-        """A batch's tokens reach the experts. Slots are sorted by expert as the grouped experts of transformers do."""
-        if site.all_tokens is not None:
-            self._slots_of_all(site, index_TK)
-            return
-        expert_S, order_S = torch.sort(index_TK.reshape(-1))
-        self.begin(site, expert_S, order_S // index_TK.size(-1), gate_TK.reshape(-1)[order_S], x_TH)
-
     def begin(
         self, site: Site, expert_S: torch.Tensor, token_S: torch.Tensor, gate_S: torch.Tensor, x_TH: torch.Tensor
     ) -> None:
-        """The same for slots that are already sorted."""
+        """A batch's tokens reach the experts: the slots in the order in which the outputs will come, by expert."""
+        if site.all_tokens is not None and site.probability_TE is not None:  # the probability stands in for the gate
+            site.slots = Slots(expert_S, token_S, site.all_tokens[token_S], site.probability_TE[token_S, expert_S])
+            return
         if len(x_TH) != len(self._bucket_T):
             raise InputError(
                 f"block {site.block.name} gets {len(x_TH)} tokens of a batch of {len(self._bucket_T)}; this kind of "
@@ -157,13 +152,6 @@ class Observer:
             index_TE = torch.arange(experts, device=x.device).expand(len(x), experts)
             module(x, index_TE, torch.ones(len(x), experts, dtype=x.dtype, device=x.device))
         site.all_tokens = site.probability_TE = None
-
-    def _slots_of_all(self, site: Site, index_TE: torch.Tensor) -> None:
-        """The slots while every expert runs on every token; the probability stands in for the gate."""
-        assert site.all_tokens is not None and site.probability_TE is not None
-        expert_S, order_S = torch.sort(index_TE.reshape(-1))
-        token_S = order_S // index_TE.size(-1)
-        site.slots = Slots(expert_S, token_S, site.all_tokens[token_S], site.probability_TE.reshape(-1)[order_S])
 
     def outputs(self, site: Site, y_SH: torch.Tensor) -> torch.Tensor:
         """The experts' outputs, one row a slot, before the gate multiplies them; they are handed back as they are."""
