@@ -76,7 +76,7 @@ class Decision:
 
     def sentences(self) -> list[str]:
         """What a person should read before cutting."""
-        return [*self.outcome.sentences(), self.assessment.verdict]
+        return [*self.outcome.sentences(), *self.assessment.sentences()]
 
     def to_json(self) -> dict[str, Any]:
         """The entry "plan" of a result file."""

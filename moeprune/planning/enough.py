@@ -22,7 +22,7 @@ from moeprune.planning.plan import Limits, Plan, make_plan
 from moeprune.planning.saliency import METRICS
 
 ENOUGH = 0.05  # a plan is settled when at most this share of the experts that stay depends on chance,
-LITTLE = 0.005  # or when those experts hardly matter: a plan from other samples keeps almost as much of every domain
+LITTLE = 0.005  # or when those experts hardly matter: a plan from other samples keeps almost as much saliency
 MOST = 100.0  # no domain is asked for more than this times its samples
 
 Chosen = NDArray[np.bool_]  # [D, S]: which slices of which domains count
@@ -68,6 +68,19 @@ class Assessment:
     held_out_loss: float | None  # saliency that a half's plan keeps less of the other half than that half's own plan
     convergence: tuple[float, ...]  # share of the final kept set found with the first 1, 2, ... slices
     domains: tuple[DomainNoise, ...]  # the noisiest first
+
+    def sentences(self) -> list[str]:
+        """Rank stability, the curve and the verdict in words."""
+        if not self.jaccard:
+            return [self.verdict]
+        worst = min(self.jaccard, key=lambda name: self.jaccard[name])
+        curve = ", ".join(f"{share:.0%}" for share in self.convergence)
+        return [
+            f"stability: the kept sets of two halves of the samples overlap {np.mean(list(self.jaccard.values())):.0%} "
+            f"(Jaccard; least {self.jaccard[worst]:.0%} in {worst}); the first samples, by slices of "
+            f"1/{len(self.convergence)}, find {curve} of the final set",
+            self.verdict,
+        ]
 
 
 def assess(sums: Sums, how: How, samples: Mapping[str, int] | None = None) -> Assessment:
@@ -139,15 +152,14 @@ def _difference(a: Plan, b: Plan) -> float:
 
 
 def _loss(sums: Sums, foreign: Plan, own: Plan) -> float:
-    """How much less saliency of this data a foreign plan keeps than its own: mean over blocks, the worst domain."""
+    """How much less saliency of this data a foreign plan keeps than its own: mean over the blocks and domains."""
     metric = coverage_metric(sums)
-    lost: dict[str, list[float]] = {}
+    lost = []
     for block in sums.blocks:
         theirs = coverage(block, foreign.keep[block.block], metric, sums.domains)
         ours = coverage(block, own.keep[block.block], metric, sums.domains)
-        for name, share in ours.items():
-            lost.setdefault(name, []).append(share - theirs[name])
-    return max((float(np.mean(parts)) for parts in lost.values()), default=0.0)
+        lost += [share - theirs[name] for name, share in ours.items()]
+    return float(np.mean(lost)) if lost else 0.0
 
 
 def _convergence(sums: Sums, how: How, slices: int) -> tuple[float, ...]:
@@ -180,7 +192,7 @@ def _domain_noise(sums: Sums, how: How, samples: Mapping[str, int], slices: int)
 
 def _verdict(enough: bool | None, change: float, loss: float, noise: tuple[DomainNoise, ...]) -> str:
     chance = f"about {change:.0%} of the experts that stay depend on chance in the samples"
-    cost = f"another choice of samples would cost at most {loss:.1%} of a domain's saliency"
+    cost = f"half of the samples cost {loss:.1%} of the other half's saliency"
     if enough is None:
         few = ", ".join(part.domain for part in noise if part.change is None)
         return f"the calibration could not be judged: too few samples of {few}, give each of them at least 8; {chance}"
