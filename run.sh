@@ -21,6 +21,7 @@ Steps (ARGS go to the script unchanged; `./run.sh reap --help` lists them):
   test     judge it by its parent   -> output/test_report.json
   full     reap, prune and test with the settings of .env and the environment; finished steps are skipped
   combine  add up the scores of several runs
+  batch    send many prompts to a server and keep every answer
 
 Around the steps:
   doctor   say what this machine has, what is missing and what to do
@@ -121,7 +122,7 @@ install_torch() {
 # --- container ------------------------------------------------------------------------------------------------------
 
 # The GPU service asks for a GPU and fails without one.
-service() { if [[ $1 != prune && $1 != combine ]] && have_gpu; then echo reap; else echo reap-cpu; fi; }
+service() { if [[ $1 == @(prune|combine|batch) ]] || ! have_gpu; then echo reap-cpu; else echo reap; fi; }
 
 # The names of settings in the environment and in .env, without those that only this file reads.
 step_names() {
@@ -250,7 +251,7 @@ main() {
   local command=${1:-help}
   shift || true
   case $command in
-    reap | preview | prune | test | full | combine | demo | shell)
+    reap | preview | prune | test | full | combine | batch | demo | shell)
       choose_runtime "$command"
       if [[ $runtime == docker ]]; then compose_environment; else set_up requirements.txt; fi
       ;;
@@ -261,6 +262,7 @@ main() {
     prune) step prune python prune_model.py "$@" ;;
     test) step test python test_pruned_model.py "$@" ;;
     combine) step combine python combine.py "$@" ;;
+    batch) step batch python batch.py "$@" ;;
     full)
       [[ $# -eq 0 ]] || die "full takes no arguments; put settings in .env or before it: REAP_PRUNE_RATIO=0.25 ./run.sh full"
       step reap python reap.py

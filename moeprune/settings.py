@@ -24,6 +24,7 @@ STAGES = {
     "preview": "Show what each cut would lose, before anything is written.",
     "test": "Generate with the pruned model and judge it against its parent.",
     "combine": "Add up the scores of several runs on the same model.",
+    "batch": "Send many prompts to an OpenAI-compatible server and keep every answer.",
 }
 
 
@@ -85,7 +86,9 @@ class Settings:
     """The resolved settings of one run."""
 
     model_path: str = setting("", str, "reap prune preview test", "folder with the checkpoint, or a hub id")
-    output_path: Path = setting(Path("output"), Path, "reap prune preview test combine", "folder for every result")
+    output_path: Path = setting(
+        Path("output"), Path, "reap prune preview test combine batch", "folder for every result"
+    )
     pruned_output_path: str = setting(
         "", str, "prune test", "folder of the pruned model; empty: a name from model and count, in the output folder"
     )
@@ -102,7 +105,7 @@ class Settings:
         "reap preview test",
         "compute in this type; auto: the checkpoint's",
     )
-    seed: int = setting(42, int, "reap prune preview test", "seed of every random choice")
+    seed: int = setting(42, int, "reap prune preview test batch", "seed of every random choice")
     force: bool = setting(
         False, switch, "reap prune preview test combine", "do it again although the result is current"
     )
@@ -187,14 +190,14 @@ class Settings:
     metrics: str = setting("", str, "preview", "metrics to preview, comma separated; empty: the one of --metric")
     plans: str = setting("", str, "preview", "JSON files with plans to preview besides, comma separated")
     endpoint: str = setting(
-        "", str, "test", "OpenAI-compatible server of the pruned model, such as http://host:8000/v1"
+        "", str, "test batch", "OpenAI-compatible server, for test of the pruned model: http://host:8000/v1"
     )
     parent_endpoint: str = setting("", str, "test", "server of the parent, to compare with")
-    endpoint_key: str = setting("", str, "test", "key for the servers", secret=True)
+    endpoint_key: str = setting("", str, "test batch", "key for the servers", secret=True)
     generations: int = setting(
         800, positive, "test", "prompts to continue at most; fewer than 750 hide doubled loop rates"
     )
-    max_new_tokens: int = setting(96, positive, "test", "tokens to generate for a prompt at most")
+    max_new_tokens: int = setting(96, positive, "test batch", "tokens to generate for a prompt at most")
     max_kl: float = setting(
         0.8, float, "preview test", "fail above this mean KL divergence to the parent, nats per token"
     )
@@ -208,6 +211,16 @@ class Settings:
     judge_memory: int = setting(
         0, amount, "test", "memory for loaded models; beyond it they are streamed; 0: what is free"
     )
+
+    prompts_path: str = setting("", str, "batch", "prompts: a folder, or a txt, md, json or jsonl file")
+    answers_path: str = setting("", str, "batch", "file of the answers; empty: answers.jsonl in the output folder")
+    compare: str = setting("", str, "batch", "answers of another model to put side by side")
+    served_model: str = setting("", str, "batch", "name of the model on the server; empty: the only one there")
+    api: str = setting("chat", one_of("chat", "completions"), "batch", "what the server is asked: chat | completions")
+    temperature: float = setting(0.0, float, "batch", "0 takes the most likely token")
+    concurrency: int = setting(8, positive, "batch", "prompts that are asked at the same time")
+    request_timeout: float = setting(600.0, float, "batch", "seconds to wait for a byte of an answer")
+    attempts: int = setting(8, positive, "batch", "tries for a prompt; the pauses between them grow to 30 s")
 
     origin: Mapping[str, str] = field(default_factory=dict, compare=False)
 

@@ -72,7 +72,20 @@ def test_help_lists_every_command(place):
     done = place.run("help")
     assert done.returncode == 0
     text = (ROOT / "run.sh").read_text()
-    for verb in ("demo", "reap", "preview", "prune", "test", "full", "combine", "doctor", "build", "shell", "check"):
+    for verb in (
+        "demo",
+        "reap",
+        "preview",
+        "prune",
+        "test",
+        "full",
+        "combine",
+        "batch",
+        "doctor",
+        "build",
+        "shell",
+        "check",
+    ):
         assert f"\n  {verb} " in done.stdout, verb
         assert re.search(rf"^    {verb}\)", text, re.MULTILINE), verb
     assert place.run().stdout == done.stdout

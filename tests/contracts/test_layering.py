@@ -18,13 +18,14 @@ LEVELS = {
     "metadata": 1,
     "checkpoint": 2,
     "planning": 3,
+    "serving": 3,
     "pruning": 4,
     "scoring": 4,
     "checking": 5,
     "doctor": 5,
     "summary": 5,
 }
-WITHOUT_TORCH = {"errors", "console", "settings", "metadata", "checkpoint", "planning", "pruning"}
+WITHOUT_TORCH = {"errors", "console", "settings", "metadata", "checkpoint", "planning", "pruning", "serving"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 
 
