@@ -118,6 +118,6 @@ def decide(
     metric, blend = saliency.resolve(sums, settings.metric, settings.blend, bool(weights))
     protected = protect(sums, settings.protect, trunk)
     how = How(metric, blend, weights, settings.seed, count, limits, protected)
-    scores = saliency.scores(sums, metric, blend, weights, settings.seed)
+    scores = how.scores(sums)
     plan = make_plan(scores, count, limits, protected, unscored)
     return Decision(plan, how, outcome(plan, sums, scores), assess(sums, how, samples))

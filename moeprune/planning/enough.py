@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moeprune.metadata import BlockSums, Sums
+from moeprune.metadata import Array, BlockSums, Sums
 from moeprune.planning import saliency
 from moeprune.planning.outcome import coverage, coverage_metric
 from moeprune.planning.plan import Limits, Plan, make_plan
@@ -42,8 +42,12 @@ class How:
 
     def plan(self, sums: Sums) -> Plan:
         """The plan that these sums give."""
-        scores = saliency.scores(sums, self.metric, self.blend, self.weights, self.seed)
-        return make_plan(scores, self.count, self.limits, self.protected)
+        return make_plan(self.scores(sums), self.count, self.limits, self.protected)
+
+    def scores(self, sums: Sums) -> dict[str, Array]:
+        """The scores that the plan is made from."""
+        groups = self.limits.groups
+        return saliency.scores(sums, self.metric, self.blend, self.weights, self.seed, count=self.count, groups=groups)
 
 
 @dataclass(frozen=True, slots=True)

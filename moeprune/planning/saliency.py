@@ -7,7 +7,7 @@ the n_j tokens routed to j, sum_T over all T tokens. Legend of the array suffixe
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,8 +101,10 @@ BLENDS = {
     "pooled": "every token counts the same: the score of the added sums",
     "weighted": "the score of a mix with w_d tokens of domain d, however many were seen; without weights: balanced",
     "shares": "sum_d w_d share_d / sum_d w_d: every domain has the same say, or as much as its weight",
-    "maxmin": "the order of removal that keeps the worst domain's remaining share largest at every step",
+    "maxmin": "shares, with the weights under which the experts that stay cover the worst domain most",
 }
+MAXMIN_STEPS = 100
+MAXMIN_RATE = 3.0
 
 
 def resolve(sums: Sums, metric: str = "auto", blend: str = "auto", weighted: bool = False) -> tuple[str, str]:
@@ -128,16 +130,29 @@ def resolve(sums: Sums, metric: str = "auto", blend: str = "auto", weighted: boo
 
 
 def scores(
-    sums: Sums, metric: str = "auto", blend: str = "auto", weights: Mapping[str, float] | None = None, seed: int = 42
+    sums: Sums,
+    metric: str = "auto",
+    blend: str = "auto",
+    weights: Mapping[str, float] | None = None,
+    seed: int = 42,
+    *,
+    count: int = 0,
+    groups: int = 1,
 ) -> dict[str, Array]:
     """One score [E] per block; the experts with the largest stay. Experts that no token was routed to score 0.
 
-    `weights` are by domain; a domain that is not named weighs 1.
+    `weights` are by domain; a domain that is not named weighs 1. The blend maxmin depends on how many experts are to
+    stay, `count` (0: half of them), and on the groups of the router.
     """
     metric, blend = resolve(sums, metric, blend, bool(weights))
     if weights and blend not in {"weighted", "shares"}:
         raise UsageError(f"weights have no meaning for the blend {blend}; use the blend weighted or shares")
     weights_D = _weights(sums.domains, weights or {})
+    if blend == "maxmin" and metric != "random":
+        for block in sums.blocks:
+            check_measured(block, metric)
+        share_BDE = [shares(block, metric) for block in sums.blocks]
+        weights_D = maxmin_weights(share_BDE, count or sums.blocks[0].experts // 2, groups)
     return {block.block: _block_score(block, metric, blend, weights_D, seed) for block in sums.blocks}
 
 
@@ -158,8 +173,6 @@ def _block_score(block: BlockSums, metric: str, blend: str, weights_D: Array, se
     if blend == "weighted":
         return METRICS[metric].score(block, _safe_ratio(weights_D, block.tokens_D), seed)
     share_DE = shares(block, metric, seed)
-    if blend == "maxmin":
-        return order_of_removal(share_DE)
     weights_D = weights_D * (share_DE.sum(axis=1) > 0)  # a domain that left no trace in this block has no say
     blended_E: Array = weights_D @ share_DE
     return np.asarray(blended_E / max(float(weights_D.sum()), 1e-300))
@@ -186,25 +199,34 @@ def shares(block: BlockSums, metric: str, seed: int = 42) -> Array:
     return share_DE
 
 
-def order_of_removal(share_DE: Array) -> Array:
-    """1/E for the expert that may go first, ..., 1 for the one that must stay longest, so that any count can be cut.
+def maxmin_weights(share_BDE: Sequence[Array], count: int, groups: int = 1) -> Array:
+    """Weights of the domains under which the best `count` experts of every block cover the worst domain most.
 
-    Each step removes the expert whose loss leaves the largest worst-domain share; ties go to the smallest sum of
-    shares, then to the higher index. The sets are nested; each is a greedy answer to max over sets of min over domains.
+    Coverage is a domain's share on the kept experts, mean over the blocks. By duality the best keep-lists are, but for
+    rounding, the best experts under some weights; they are searched by multiplicative updates: a domain that is
+    covered better than the worst one loses weight. The best weights that were met are returned.
     """
-    share_DE = share_DE[share_DE.sum(axis=1) > 0]
-    experts = share_DE.shape[1]
-    rank_E = np.zeros(experts)
-    left_D = share_DE.sum(axis=1)
-    mean_E = share_DE.sum(axis=0)
-    alive = np.arange(experts)
-    for step in range(1, experts + 1):
-        worst_left = (left_D[:, None] - share_DE[:, alive]).min(axis=0, initial=np.inf)
-        chosen = alive[np.lexsort((-alive, mean_E[alive], -worst_left.round(12)))[0]]
-        rank_E[chosen] = step / experts
-        left_D = left_D - share_DE[:, chosen]
-        alive = alive[alive != chosen]
-    return rank_E
+    traces_BD = np.array([share_DE.sum(axis=1) > 0 for share_DE in share_BDE])
+    seen_D = traces_BD.sum(axis=0)
+    weights_D: Array = (seen_D > 0) / max(int((seen_D > 0).sum()), 1)
+    best_D, best_worst = weights_D, -1.0
+    for step in range(1, MAXMIN_STEPS + 1):
+        kept_D = sum(_kept_share(share_DE, weights_D, count, groups) for share_DE in share_BDE)
+        covered_D = np.divide(kept_D, seen_D, out=np.full(len(seen_D), np.inf), where=seen_D > 0)
+        worst = float(covered_D.min())
+        if worst > best_worst:
+            best_D, best_worst = weights_D, worst
+        weights_D = weights_D * np.exp(-MAXMIN_RATE / step**0.5 * (covered_D - worst))
+        weights_D = weights_D / weights_D.sum()
+    return best_D
+
+
+def _kept_share(share_DE: Array, weights_D: Array, count: int, groups: int) -> Array:
+    """What the best `count` experts under these weights hold of each domain."""
+    score_GE = (weights_D @ share_DE).reshape(groups, -1)
+    quota = count // groups
+    best_GE = np.argpartition(-score_GE, quota - 1, axis=1)[:, :quota] + np.arange(groups)[:, None] * score_GE.shape[1]
+    return np.asarray(share_DE[:, best_GE.ravel()].sum(axis=1))
 
 
 def never_routed(block: BlockSums) -> tuple[int, ...]:

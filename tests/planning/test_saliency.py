@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeprune.errors import UsageError
-from moeprune.metadata import Sums
+from moeprune.metadata import BlockSums, Sums
 from moeprune.planning import saliency
 from tests.planning.tokens import add_up, random_sums, random_tokens
 
@@ -110,30 +110,67 @@ def test_a_domain_without_tokens_does_not_count_among_shares():
     assert with_gap.sum() == pytest.approx(1.0)
 
 
-def worst_coverage(share_DE, keep):
-    return share_DE[:, list(keep)].sum(axis=1).min()
+def with_shares(share_BDE):
+    """Sums whose shares of weighted_ean_sum are these."""
+    blocks = []
+    for i, share_DE in enumerate(share_BDE):
+        values = {"gate_norm_sum": share_DE * 7, "count": np.ones_like(share_DE)}
+        blocks.append(BlockSums(f"b{i}", share_DE.shape[1], np.ones(len(share_DE)), values, {}))
+    return Sums("routed", tuple("abcd"[: len(share_BDE[0])]), tuple(blocks))
 
 
-def test_maxmin_comes_close_to_the_best_of_all_sets():
-    gaps, others = [], []
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        share_DE = rng.dirichlet(np.full(8, 0.5), size=3)
-        order = saliency.order_of_removal(share_DE)
-        assert sorted(order) == [i / 8 for i in range(1, 9)]
-        for count in (2, 4, 6):
-            best = max(worst_coverage(share_DE, keep) for keep in itertools.combinations(range(8), count))
-            greedy = worst_coverage(share_DE, np.argsort(-order)[:count])
-            assert greedy <= best + 1e-12
-            gaps.append(best - greedy)
-            others.append(best - worst_coverage(share_DE, np.argsort(-share_DE.mean(axis=0))[:count]))
-    assert np.mean(gaps) < 0.6 * np.mean(others)
+def worst_coverage(share_BDE, keep):
+    return np.mean([share[:, list(ids)].sum(axis=1) for share, ids in zip(share_BDE, keep, strict=True)], axis=0).min()
+
+
+def best_lists(scores, count, groups=1):
+    size = 6 // groups
+    return [
+        [
+            g * size + j
+            for g in range(groups)
+            for j in np.argsort(-score_E[g * size : (g + 1) * size])[: count // groups]
+        ]
+        for score_E in scores.values()
+    ]
+
+
+@pytest.mark.parametrize(("count", "groups"), [(2, 1), (3, 1), (4, 1), (4, 2)])
+def test_maxmin_comes_close_to_the_best_of_all_lists(count, groups):
+    gaps, plain = [], []
+    legal = [
+        ids
+        for ids in itertools.combinations(range(6), count)
+        if all(sum(j * groups // 6 == g for j in ids) == count // groups for g in range(groups))
+    ]
+    for seed in range(40):
+        share_BDE = np.random.default_rng(seed).dirichlet(np.full(6, 0.5), size=(2, 3))
+        sums = with_shares(share_BDE)
+        best = max(worst_coverage(share_BDE, keep) for keep in itertools.product(legal, repeat=2))
+        found = saliency.scores(sums, "weighted_ean_sum", "maxmin", count=count, groups=groups)
+        equal = saliency.scores(sums, "weighted_ean_sum", "shares")
+        gaps.append(best - worst_coverage(share_BDE, best_lists(found, count, groups)))
+        plain.append(best - worst_coverage(share_BDE, best_lists(equal, count, groups)))
+        assert -1e-12 < gaps[-1] <= plain[-1] + 1e-12
+    assert np.mean(gaps) < 0.4 * np.mean(plain)
     assert np.mean(gaps) < 0.03
 
 
 def test_maxmin_of_one_domain_is_the_order_of_its_scores():
-    share_DE = np.random.default_rng(0).dirichlet(np.ones(9), size=1)
-    assert np.array_equal(np.argsort(saliency.order_of_removal(share_DE)), np.argsort(share_DE[0]))
+    share_BDE = np.random.default_rng(0).dirichlet(np.ones(9), size=(3, 1))
+    found = saliency.scores(with_shares(share_BDE), "weighted_ean_sum", "maxmin", count=4)
+    for i, share_DE in enumerate(share_BDE):
+        np.testing.assert_allclose(found[f"b{i}"], share_DE[0])
+
+
+def test_maxmin_looks_at_the_worst_domain_only_where_it_left_a_trace():
+    share_BDE = np.random.default_rng(1).dirichlet(np.full(6, 0.5), size=(2, 3))
+    share_BDE[:, 1] = 0
+    share_BDE[1, 2] = 0
+    got = saliency.scores(with_shares(share_BDE), "weighted_ean_sum", "maxmin", count=3)
+    alone = saliency.scores(with_shares(share_BDE[:, [0, 2]]), "weighted_ean_sum", "maxmin", count=3)
+    for name in got:
+        np.testing.assert_allclose(got[name], alone[name])
 
 
 def test_never_routed_scores_nothing_and_is_reported():
