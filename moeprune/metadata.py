@@ -55,7 +55,7 @@ class BlockSums:
     slices: Mapping[
         str, Array
     ]  # the statistics that plans are made from -> [D, S, E]: the same sums by slice of samples
-    gram_EDD: Array | None = None  # inner products between the domains' sums of output vectors, for ean_ca
+    gram_EDD: Array | None = None  # inner products between the domains' sums of output vectors, for ean_ca; symmetric
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _block_to_json(block: BlockSums, domains: tuple[str, ...]) -> dict[str, Any]
             name: {statistic: array_DSE[d].tolist() for statistic, array_DSE in block.slices.items()}
             for d, name in enumerate(domains)
         },
-        "gram": None if block.gram_EDD is None else block.gram_EDD.tolist(),
+        "gram": None if block.gram_EDD is None else _lower_triangles(block.gram_EDD),
     }
 
 
@@ -118,7 +118,7 @@ def _block_from_json(entry: Mapping[str, Any], domains: tuple[str, ...]) -> Bloc
         tokens_D=np.array([entry["tokens"][name] for name in domains], dtype=np.float64),
         values=_stacked(entry, "sums", domains),
         slices=slices,
-        gram_EDD=None if gram is None else np.array(gram, dtype=np.float64),
+        gram_EDD=None if gram is None else _symmetric(gram, len(domains)),
     )
     expected: list[tuple[Array, tuple[int, ...]]] = [
         (array, (len(domains), experts)) for array in block.values.values()
@@ -129,6 +129,20 @@ def _block_from_json(entry: Mapping[str, Any], domains: tuple[str, ...]) -> Bloc
     if any(array.shape != shape or not np.isfinite(array).all() for array, shape in expected):
         raise ValueError(f"block {block.block} holds arrays of a wrong shape or numbers that are not finite")
     return block
+
+
+def _lower_triangles(gram_EDD: Array) -> list[list[float]]:
+    """Row by row up to the diagonal, for every expert: the other half of a symmetric matrix says nothing new."""
+    rows, columns = np.tril_indices(gram_EDD.shape[1])
+    triangles: list[list[float]] = gram_EDD[:, rows, columns].tolist()
+    return triangles
+
+
+def _symmetric(triangles: list[list[float]], domains: int) -> Array:
+    rows, columns = np.tril_indices(domains)
+    gram_EDD = np.zeros((len(triangles), domains, domains))
+    gram_EDD[:, rows, columns] = gram_EDD[:, columns, rows] = np.array(triangles, dtype=np.float64)
+    return gram_EDD
 
 
 def _stacked(entry: Mapping[str, Any], key: str, domains: tuple[str, ...]) -> dict[str, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from moeprune.metadata import BlockSums, Sums, plain
 from moeprune.planning import engines, saliency
 from moeprune.planning.enough import Assessment, How, assess
 from moeprune.planning.outcome import Outcome, outcome, to_json
-from moeprune.planning.plan import Limits, Plan, keep_count, make_plan
+from moeprune.planning.plan import Limits, Plan, keep_count, make_plan, plain_count
 from moeprune.planning.protection import protect
 from moeprune.settings import Settings
 
@@ -58,11 +58,24 @@ def choose_count(
     if settings.keep and count != asked:
         raise UsageError(f"--keep {asked}: {'; '.join(reasons)}; the nearest that works is {count}")
     notes = [f"{count} experts stay instead of {asked}: {'; '.join(reasons)}"] if count != asked else []
+    plain = asked if target or settings.keep else plain_count(limits.experts, settings.prune_ratio)
+    if asked != plain:
+        notes.insert(0, f"{asked} experts stay instead of {plain}: {limits.objection(plain)}")
     if target:
         notes.append(f"{count} experts in each layer make {size(fixed_bytes + count * bytes_per_expert)}")
     chosen = engines.Case(count, limits, model_type, settings.expert_parallel, settings.tensor_parallel)
-    found = engines.objections(chosen, named or engines.COMMON)
-    return Choice(count, tuple(notes), tuple(f"a model with {count} experts {line}" for line in engines.summary(found)))
+    return Choice(count, tuple(notes), tuple(_warnings(chosen, named or engines.COMMON)))
+
+
+def _warnings(case: engines.Case, names: Sequence[str]) -> list[str]:
+    """What the engines have against the count, hard or soft, and the nearest counts that they have nothing against."""
+    found = engines.objections(case, names)
+    if not found or case.count == case.limits.experts:  # the parent's own count is not ours to blame
+        return []
+    free = [c for c in range(1, case.limits.experts) if engines.is_free(replace(case, count=c), names)]
+    near = [*[c for c in free if c < case.count][-1:], *[c for c in free if c > case.count][:1]]
+    advice = f"; {' and '.join(map(str, near))} would suit them all" if near else ""
+    return [f"a model with {case.count} experts {line}{advice}" for line in engines.summary(found)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,11 @@ def works(case: Case, engines: Sequence[str]) -> bool:
     return not hard and not case.limits.objection(case.count) and case.count % case.expert_parallel == 0
 
 
+def is_free(case: Case, engines: Sequence[str]) -> bool:
+    """Whether the router can use this count and no engine has anything against it."""
+    return works(case, engines) and not objections(case, engines)
+
+
 def snap(case: Case, engines: Sequence[str], step: int) -> int:
     """The nearest count that works, going up (step 1: never below what was asked) or down (step -1)."""
     end = case.limits.experts + 1 if step > 0 else 0

@@ -81,10 +81,15 @@ def keep_count(
         return keep
     if target_bytes:
         return _count_for_size(limits, target_bytes, fixed_bytes, bytes_per_expert)
-    start = limits.experts - exact(ratio) * limits.experts // 1
+    start = plain_count(limits.experts, ratio)
     if start < limits.top_k:
         check_count(start, limits)
     return next(count for count in range(start, limits.experts + 1) if not limits.objection(count))
+
+
+def plain_count(experts: int, ratio: float) -> int:
+    """What a ratio leaves before any limit is looked at."""
+    return experts - exact(ratio) * experts // 1
 
 
 def exact(ratio: float) -> Fraction:

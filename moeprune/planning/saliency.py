@@ -224,7 +224,7 @@ def maxmin_weights(share_BDE: Sequence[Array], count: int, groups: int = 1) -> A
 def _kept_share(share_DE: Array, weights_D: Array, count: int, groups: int) -> Array:
     """What the best `count` experts under these weights hold of each domain."""
     score_GE = (weights_D @ share_DE).reshape(groups, -1)
-    quota = count // groups
+    quota = min(count // groups, score_GE.shape[1])
     best_GE = np.argpartition(-score_GE, quota - 1, axis=1)[:, :quota] + np.arange(groups)[:, None] * score_GE.shape[1]
     return np.asarray(share_DE[:, best_GE.ravel()].sum(axis=1))
 

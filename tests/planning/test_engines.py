@@ -52,6 +52,7 @@ def test_default_warns_for_the_common_engines_and_moves_nothing():
     choice = choose_count(settings(prune_ratio=0.3), QWEN)
     assert choice.count == 90 and choice.notes == ()
     assert any("slower path on vllm" in line and "llama.cpp" in line for line in choice.warnings)
+    assert all(line.endswith("; 64 would suit them all") for line in choice.warnings)
     assert choose_count(settings(prune_ratio=0.5), QWEN).warnings == ()
 
 
@@ -94,6 +95,10 @@ def test_parallel_ranks_that_no_count_can_mend():
 def test_groups_and_engines_together():
     choice = choose_count(settings(prune_ratio=0.33, expert_parallel=16), V3)
     assert choice.count == 176  # 172 asked; 8 groups, 16 ranks
+    choice = choose_count(settings(prune_ratio=0.3, engine="transformers"), V3)
+    assert choice.count == 184 and choice.notes == (
+        "184 experts stay instead of 180: the router works on 8 groups of the same size",
+    )
 
 
 def test_names_of_engines():
