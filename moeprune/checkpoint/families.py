@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moeprune.checkpoint import gguf_layout
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.structure import Block, Hints, Part, find_blocks, is_tower, renamed
 from moeprune.errors import InputError
@@ -85,6 +86,8 @@ class Layout:
 
 def understand(checkpoint: Checkpoint) -> Layout:
     """The layout of a checkpoint, or an InputError that says what was found and where to add it."""
+    if checkpoint.container == "gguf":
+        return _understand_gguf(checkpoint)
     config = checkpoint.config
     model_type = str(config.get("model_type", ""))
     if model_type in REFUSED:
@@ -118,6 +121,26 @@ def understand(checkpoint: Checkpoint) -> Layout:
         renormalises=_renormalises(model_type, scope),
         count_keys=tuple(path + key for path, scope in governing for key in _count_paths(scope)),
         run=max(part.share for block in blocks for part in block.parts),
+    )
+
+
+def _understand_gguf(checkpoint: Checkpoint) -> Layout:
+    """The layout of a GGUF model, whose names and keys are the same for every family."""
+    config = checkpoint.config
+    architecture = str(config.get("general.architecture", ""))
+    blocks = gguf_layout.find_blocks(checkpoint.tensors, config)
+    if not blocks:
+        raise InputError(f"{checkpoint.shards[0]} holds a {architecture or 'nameless'} model without experts")
+    groups = max(gguf_layout.counts(config, "expert_group_count"), 1)
+    return Layout(
+        model_type=architecture,
+        experts=_one_count(blocks),
+        top_k=gguf_layout.counts(config, "expert_used_count") or 1,
+        groups=groups,
+        top_groups=min(gguf_layout.counts(config, "expert_group_used_count") or groups, groups),
+        blocks=tuple(blocks),
+        renormalises=bool(config.get(f"{architecture}.expert_weights_norm", True)),
+        count_keys=((f"{architecture}.expert_count",),),
     )
 
 

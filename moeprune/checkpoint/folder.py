@@ -10,11 +10,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moeprune.checkpoint import gguf
 from moeprune.checkpoint.headers import Tensor, read_header
 from moeprune.console import warn
 from moeprune.errors import InputError, MachineError
@@ -63,11 +64,15 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read every header of the checkpoint in `folder`; anything damaged or hostile is an InputError."""
+    """Read every header of the checkpoint in a folder, or of a GGUF file; what is damaged or hostile is refused."""
+    if folder.is_file() and folder.suffix == ".gguf":
+        return _open_gguf(folder)
     if not folder.is_dir():
         raise InputError(f"no model folder at {folder}")
     root = folder.resolve()
     files = sorted(_files(root, root))
+    if Path("config.json") not in files and (only := _only_gguf(root, files)):
+        return _open_gguf(only)
     config = read_json(root / "config.json", "the model's config.json")
     index = read_json(root / INDEX, "the index of the shards") if Path(INDEX) in files else None
     shards = _shards(root, files, index)
@@ -87,6 +92,31 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         side_files=tuple(file for file in rest if not OTHER_WEIGHTS.search(file.as_posix())),
         other_weights=tuple(file for file in rest if OTHER_WEIGHTS.search(file.as_posix())),
     )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    """A GGUF model: its config is the flat list of key-value pairs, arrays left out."""
+    files = gguf.split_set(path.absolute())  # not resolved: in the hub cache only the link has the name
+    headers = {file: gguf.read_header(file) for file in files}
+    return Checkpoint(
+        folder=files[0].parent,
+        config=gguf.values(list(headers.values())),
+        tensors=_merged({file: header.tensors for file, header in headers.items()}),
+        shards=tuple(files),
+        shard_metadata={},
+        index=None,
+        side_files=(),
+        container="gguf",
+    )
+
+
+def _only_gguf(root: Path, files: Sequence[Path]) -> Path | None:
+    """The one GGUF model of a folder, by its first file."""
+    names = [file for file in files if file.suffix == ".gguf" and not file.name.startswith("mmproj")]
+    models = [file for file in names if (match := gguf.SPLIT.fullmatch(file.name)) is None or int(match["number"]) == 1]
+    if len(models) > 1:
+        raise InputError(f"{root} holds {len(models)} GGUF models; give the path of one, such as {root / models[0]}")
+    return root / models[0] if models else None
 
 
 def _files(root: Path, folder: Path) -> Iterator[Path]:

@@ -25,6 +25,7 @@ EXPERT = re.compile(
     r"(?P<module>(?:.*\.)?)(?P<chunk>chunk_)?experts\."
     r"(?:expert_|local_experts\.|mlp\.|(?:gate_up|gate|up|down)_projs\.)?(?P<id>\d+)\.(?P<rest>.+)"
 )
+OLD_GGUF = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(?P<id>\d+)\.weight")  # files of 2023
 STACKED = re.compile(r"(?P<module>(?:.*?\.)?)(?:experts|switch_mlp|switch_glu)\.(?P<rest>.+)")
 LOOSE = re.compile(  # stacked experts that lie in the module itself; only three axes tell them from a dense layer
     r"(?P<module>.*\.(?:moe|mlp|block_sparse_moe|feed_forward|ffn|mixer)\.)"
@@ -85,7 +86,7 @@ def is_tower(name: str) -> bool:
 
 def renamed(part: Part, new_expert: int) -> str:
     """The name of a tensor of one expert after renumbering; `new_expert` is the number on disk."""
-    match = EXPERT.fullmatch(part.tensor)
+    match = EXPERT.fullmatch(part.tensor) or OLD_GGUF.fullmatch(part.tensor)
     if match is None:
         raise ValueError(f"{part.tensor} carries no expert number")
     return f"{part.tensor[: match.start('id')]}{new_expert}{part.tensor[match.end('id') :]}"

@@ -186,12 +186,14 @@ def copy_side_file(source: Path, path: Path) -> None:
     with _explained(path):
         shutil.copyfile(source, path)
         path.chmod(0o644 | (source.stat().st_mode & 0o111))
+        sync_file(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write one small file of the result."""
     with _explained(path):
         path.write_text(text, encoding="utf-8")
+        sync_file(path)
 
 
 def index_text(files: Sequence[NewFile], old: Mapping[str, Any], elements_before: int) -> str:

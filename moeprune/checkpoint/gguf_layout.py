@@ -1,0 +1,79 @@
+"""The experts of a GGUF model: names are llama.cpp's, the same for every family."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moeprune.checkpoint.headers import Tensor
+from moeprune.checkpoint.structure import OLD_GGUF, Block, Part
+from moeprune.errors import InputError
+
+LAYER = re.compile(r"(?P<block>blk\.(?P<layer>\d+))\.(?P<rest>.+)")
+STACKED = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale|input_scale)")
+ROUTER = re.compile(r"(ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)")
+IDS = "ffn_gate_tid2eid.weight"
+NOT_PER_EXPERT = re.compile(r"shexp|ffn_norm_exps|ffn_gate_inp\.scale")
+
+
+def counts(config: Mapping[str, Any], name: str) -> int:
+    """A number of the model's own section, such as expert_count; 0 when it is not given."""
+    value = config.get(f"{config.get('general.architecture')}.{name}", 0)
+    return value if type(value) is int else 0
+
+
+def find_blocks(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[Block]:
+    """All blocks, in the order of their layers."""
+    experts = counts(config, "expert_count")
+    trunk = counts(config, "block_count") - counts(config, "nextn_predict_layers")
+    parts: dict[int, list[Part]] = defaultdict(list)
+    for tensor in tensors.values():
+        match = LAYER.fullmatch(tensor.name)
+        if match and (part := _part(tensor, match["rest"], experts)):
+            parts[int(match["layer"])].append(part)
+    blocks = []
+    for layer, found in sorted(parts.items()):
+        if not any(part.router for part in found):
+            raise InputError(f"blk.{layer} holds experts but no router (ffn_gate_inp); the file is damaged")
+        _check_complete(layer, found, experts)
+        blocks.append(Block(f"blk.{layer}", "trunk" if layer < trunk else "mtp", experts, tuple(found)))
+    return blocks
+
+
+def _check_complete(layer: int, parts: Iterable[Part], experts: int) -> None:
+    """Files with one tensor per expert must hold every one."""
+    have: dict[str, set[int]] = defaultdict(set)
+    for part in parts:
+        if match := OLD_GGUF.fullmatch(part.tensor):
+            have[match[1]].add(part.expert)
+    for kind, numbers in have.items():
+        for missing in sorted(set(range(experts)) ^ numbers):
+            raise InputError(f"blk.{layer}.ffn_{kind}: expert {missing} of {experts} is missing or one too many")
+
+
+def _part(tensor: Tensor, rest: str, experts: int) -> Part | None:
+    """What a tensor of a layer has to do with experts."""
+    if match := OLD_GGUF.fullmatch(tensor.name):
+        return Part(tensor.name, "expert", int(match["id"]))
+    if rest == IDS:
+        return Part(tensor.name, "ids", router=True)
+    router = ROUTER.fullmatch(rest) is not None
+    if router or STACKED.fullmatch(rest):
+        if tensor.shape[:1] != (experts,):
+            raise InputError(
+                f"{tensor.name} has the shape {list(tensor.shape)}, but the file counts {experts} experts; "
+                "if its router has rows for something else, add that to moeprune/checkpoint/gguf_layout.py"
+            )
+        return Part(tensor.name, "rows", router=router)
+    if re.search(r"exp|ffn_gate_inp", rest) and not NOT_PER_EXPERT.search(rest):
+        raise InputError(f"{tensor.name} is not known; add it to moeprune/checkpoint/gguf_layout.py")
+    return None
+
+
+def same_layers(blocks: Iterable[Block], names: Iterable[str]) -> dict[str, str]:
+    """Block of a GGUF -> block of the same layer in the original, so that scores of the original can be used."""
+    by_layer = {match[1]: name for name in names if (match := re.search(r"\.(\d+)$", name))}
+    layers = {block.name: block.name.rpartition(".")[2] for block in blocks}
+    return {block: by_layer[layer] for block, layer in layers.items() if layer in by_layer}
