@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 
 from moeprune import console, errors
 from moeprune.checkpoint import families, writer
@@ -41,23 +44,36 @@ def main(argv: list[str]) -> None:
 
 
 def cut(planned: Result) -> None:
-    """Write beside the target, prove the bytes against the parent while more are written, then rename."""
+    """Write beside the target, prove every file against the parent as soon as it is there, then rename."""
     started = time.monotonic()
     bar = console.Progress("writing", len(planned.files))
-    with writer.beside(planned.target) as folder, ThreadPoolExecutor(2) as helpers:
+    with writer.beside(planned.target) as folder, helpers() as pool, helpers() as syncing:
         proof = Verification(planned.checkpoint.folder, folder, planned.choice.keep, planned.gone)
-        pending = []
-        for file in planned.files:
+
+        def make(file: writer.NewFile) -> str:
             path = writer.write_file(folder, file)
-            pending += [helpers.submit(writer.sync_file, path), helpers.submit(proof.file, path)]
-            bar.step(file.name)
-        pending += [helpers.submit(writer.sync_file, path) for path in result.write_small_files(planned, folder)]
-        for task in pending:
-            task.result()
+            synced = syncing.submit(writer.sync_file, path)
+            proof.file(path)
+            synced.result()
+            return file.name
+
+        tasks = [pool.submit(make, file) for file in planned.files]
+        result.write_small_files(planned, folder)
+        for task in as_completed(tasks):
+            bar.step(task.result())
         proof.finish(planned.checkpoint.other_weights)
         writer.publish(folder, planned.target)
-    seconds = time.monotonic() - started
-    say(f"written and verified in {console.duration(seconds)}: {planned.target}")
+    say(f"written and verified in {console.duration(time.monotonic() - started)}: {planned.target}")
+
+
+@contextmanager
+def helpers() -> Iterator[ThreadPoolExecutor]:
+    """Threads for copying and comparing, which happen in the kernel; after an error nothing new is begun."""
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from typing import Any
 
 from moeprune.errors import ResultError
 
-COMPARE_BYTES = 1 << 20  # compared at a time; two such pieces stay in the processor's cache
+LARGE = 1 << 20  # bytes compared at a time, in two buffers that stay in the processor's cache
+SMALL = 1 << 17  # what does not fill the buffers; larger objects made anew for each piece would cost 5 times as much
 COUNT_KEYS = re.compile(
     r"(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts|moe_num_primary_experts)"
 )
@@ -65,6 +66,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.handles: dict[Path, int] = {}
+        self.buffers = bytearray(LARGE), bytearray(LARGE)
 
     def __enter__(self) -> Reader:
         return self
@@ -75,9 +77,7 @@ class Reader:
 
     def read(self, tensor: Stored, offset: int, length: int) -> bytes:
         """`length` bytes of a tensor."""
-        if tensor.file not in self.handles:
-            self.handles[tensor.file] = os.open(tensor.file, os.O_RDONLY)
-        data = os.pread(self.handles[tensor.file], length, tensor.start + offset)
+        data = os.pread(self._handle(tensor), length, tensor.start + offset)
         if len(data) != length:
             raise ResultError(f"{tensor.file} is shorter than its header says")
         return data
@@ -86,12 +86,34 @@ class Reader:
         """Whether pieces (offset, length) of one tensor, one behind the other, are all of another."""
         at = 0
         for offset, length in _joined(pieces):
-            for step in range(0, length, COMPARE_BYTES):
-                size = min(COMPARE_BYTES, length - step)
-                if self.read(before, offset + step, size) != self.read(after, at + step, size):
-                    return False
+            if not self._equal_piece(before, offset, after, at, length):
+                return False
             at += length
         return at == after.nbytes
+
+    def _equal_piece(self, before: Stored, offset: int, after: Stored, at: int, length: int) -> bool:
+        done = 0
+        while length - done >= LARGE:
+            self._fill(self.buffers[0], before, offset + done)
+            self._fill(self.buffers[1], after, at + done)
+            if self.buffers[0] != self.buffers[1]:
+                return False
+            done += LARGE
+        steps = range(done, length, SMALL)
+        sizes = [min(SMALL, length - step) for step in steps]
+        return all(
+            self.read(before, offset + step, size) == self.read(after, at + step, size)
+            for step, size in zip(steps, sizes, strict=True)
+        )
+
+    def _fill(self, buffer: bytearray, tensor: Stored, offset: int) -> None:
+        if os.preadv(self._handle(tensor), [buffer], tensor.start + offset) != len(buffer):
+            raise ResultError(f"{tensor.file} is shorter than its header says")
+
+    def _handle(self, tensor: Stored) -> int:
+        if tensor.file not in self.handles:
+            self.handles[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+        return self.handles[tensor.file]
 
 
 def _joined(pieces: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

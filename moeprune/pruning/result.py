@@ -132,25 +132,20 @@ def describe(planned: Result) -> None:
     say(f"result   {planned.target}")
 
 
-def write_small_files(planned: Result, folder: Path) -> Iterator[Path]:
-    """Everything but the weights: edited where it counts or names experts, else carried along as it is."""
-    checkpoint = planned.checkpoint
-    edited = dict(edited_json(planned))
+def write_small_files(planned: Result, folder: Path) -> None:
+    """Everything but the weights, synced: edited where it counts or names experts, else carried along as it is."""
+    checkpoint, edited = planned.checkpoint, dict(edited_json(planned))
     for path in checkpoint.side_files:
         if path.as_posix() not in OUR_FILES and path.as_posix() not in edited:
             writer.copy_side_file(checkpoint.folder / path, folder / path)
-            yield folder / path
     for name, data in edited.items():
         original = (checkpoint.folder / name).read_text(encoding="utf-8")
         writer.write_text(folder / name, json_like(original, data))
-        yield folder / name
     if checkpoint.index is not None:
         elements = sum(rewrite.elements(action.tensor.shape) for action in planned.actions)
         writer.write_text(folder / writer.INDEX, writer.index_text(planned.files, checkpoint.index, elements))
-        yield folder / writer.INDEX
     if planned.choice.source.name == SCORES:
         writer.copy_side_file(planned.choice.source, folder / SCORES)
-        yield folder / SCORES
     metadata.write_json(folder / MANIFEST, manifest(planned))
 
 
