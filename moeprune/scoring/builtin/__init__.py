@@ -1,0 +1,1 @@
+"""The built-in calibration set, and the programs that made its generated half."""
