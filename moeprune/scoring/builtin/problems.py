@@ -127,9 +127,9 @@ def liars(rng: Random) -> dict[str, Any]:
         )
     return pair(
         f'{island} {a} says: "At least one of the two of us, {b} or me, is a knave." Which is which?',
-        f"<think>\nIf {a} were a knave, the statement would be true, since there would be a knave among them; but knaves "
-        f"do not say what is true. So {a} is a knight, the statement holds, and the knave can only be {b}.\n</think>\n\n"
-        f"{a} is a knight and {b} is a knave.",
+        f"<think>\nIf {a} were a knave, the statement would be true, since there would be a knave among them; but "
+        f"knaves do not say what is true. So {a} is a knight, the statement holds, and the knave can only be {b}."
+        f"\n</think>\n\n{a} is a knight and {b} is a knave.",
     )
 
 
