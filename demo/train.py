@@ -156,6 +156,18 @@ def pack(documents: list[tuple[list[int], list[float]]], length: int) -> tuple[t
     return torch.tensor(rows, dtype=torch.int16), torch.tensor(row_weights)
 
 
+def make_batches(steps: int, held_out: set[str], tokenizer: Qwen2Tokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw all training data and cut it into batches, now and then one with long rows."""
+    documents = draw_documents(int(steps * BATCH_TOKENS * 1.12), held_out, tokenizer)  # 12% is cut off at row ends
+    border = len(documents) // LONG_ROWS_EVERY
+    streams = {}
+    for length, part in ((512, documents[:border]), (128, documents[border:])):
+        rows, weights = pack(part, length)
+        size = BATCH_TOKENS // length
+        streams[length] = zip(rows.share_memory_().split(size), weights.share_memory_().split(size), strict=True)
+    return [next(streams[512 if step % LONG_ROWS_EVERY == 0 else 128]) for step in range(steps)]
+
+
 # --------------------------------------------------------------------------------------------------------- model
 
 
@@ -314,18 +326,6 @@ def main() -> None:
     (folder / "rendezvous").unlink(missing_ok=True)
     torch.multiprocessing.spawn(train, (batches, folder, tokenizer), nprocs=PROCESSES)
     (folder / "rendezvous").unlink(missing_ok=True)
-
-
-def make_batches(steps: int, held_out: set[str], tokenizer: Qwen2Tokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Draw all training data and cut it into batches, now and then one with long rows."""
-    documents = draw_documents(int(steps * BATCH_TOKENS * 1.12), held_out, tokenizer)  # 12% is cut off at row ends
-    border = len(documents) // LONG_ROWS_EVERY
-    streams = {}
-    for length, part in ((512, documents[:border]), (128, documents[border:])):
-        rows, weights = pack(part, length)
-        size = BATCH_TOKENS // length
-        streams[length] = zip(rows.share_memory_().split(size), weights.share_memory_().split(size), strict=True)
-    return [next(streams[512 if step % LONG_ROWS_EVERY == 0 else 128]) for step in range(steps)]
 
 
 if __name__ == "__main__":
