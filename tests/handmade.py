@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-BITS = {"F4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "F64": 64, "I64": 64}  # others: 8
+BITS = {"F4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "U32": 32, "F64": 64, "I64": 64}  # others: 8
 Spec = tuple[str, list[int]]
 
 

@@ -196,7 +196,7 @@ DAMAGE = {
     "overlap": patched(NAME, 32, struct.pack("<Q", 0)),
     "beyond the end": patched(NAME, 32, struct.pack("<Q", 2**40)),
     "the same name twice": lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"),
-    "the same key twice": lambda data: build([*ENTRIES, ENTRIES[3]], TENSORS)[0],
+    "the same key twice": lambda _: build([*ENTRIES, ENTRIES[3]], TENSORS)[0],
 }
 
 
