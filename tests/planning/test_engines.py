@@ -38,6 +38,13 @@ def test_slow_paths():
     assert severities("sglang", 64, V3) == []
     assert severities("sglang", 96, V3) == ["old", "slow"]
     assert severities("llama.cpp", 288, Limits(384, 8)) == severities("llama.cpp", 384, Limits(384, 8)) == []
+    assert severities("sglang", 256, Limits(512, 8, 8, 4)) == []
+    assert severities("sglang", 512, Limits(512, 8, 8, 4)) == ["slow"]
+    assert severities("sglang", 384, Limits(512, 8)) == ["old"]
+    assert severities("trtllm", 128, Limits(256, 8, 8, 4)) == severities("trtllm", 128, Limits(256, 10, 1, 1)) == []
+    assert (
+        severities("trtllm", 128, Limits(256, 10, 8, 4)) == severities("trtllm", 128, Limits(256, 8, 8, 5)) == ["old"]
+    )
     assert severities("llama.cpp", 96) == ["slow"]
     assert severities("llama.cpp", 576, Limits(600, 8)) == ["fail"]
     assert severities("trtllm", 100, V4, model_type="deepseek_v4") == ["fail", "slow"]

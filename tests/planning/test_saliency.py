@@ -200,6 +200,7 @@ def test_random_is_set_by_seed_and_block_alone():
     assert all(np.array_equal(a[name], again[name]) for name in a)
     assert not np.array_equal(a["model.layers.0"], saliency.scores(sums, "random", seed=8)["model.layers.0"])
     assert not np.array_equal(a["model.layers.0"], a["model.layers.1"])
+    assert not np.array_equal(a["model.layers.0"], saliency.scores(sums, "random", seed=-7)["model.layers.0"])
     last = replace(sums, blocks=sums.blocks[2:])
     assert np.array_equal(saliency.scores(last, "random", seed=7)["model.layers.2"], a["model.layers.2"])
 
