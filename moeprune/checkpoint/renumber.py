@@ -11,7 +11,9 @@ import fnmatch
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from moeprune.checkpoint.families import Layout, new_name
@@ -25,40 +27,53 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization"
 GLOBS = ("modelopt", "modelopt_fp4", "quark")  # their patterns are globs, everybody else's regular expressions
 PATTERN = re.compile(r"[*?+\\\[\](){}|^$]")
 MARK = re.compile(r"re:|[+-]:")  # compressed-tensors and torchao; GPTQModel's dynamic
-NUMBERED = re.compile(r"(?<![A-Za-z_])experts\.(?:expert_)?\d+(\.|$)")
+NUMBERED = re.compile(r"(?<![A-Za-z_])(?:chunk_)?experts\.(?:expert_|[a-z_]+\.)?\d+(\.|$)")
 WEIGHTS = (".weight", ".qweight", ".weight_packed")
 
 
+@dataclass(frozen=True)
+class Names:
+    """Every module and tensor of single experts, before and after."""
+
+    new: Mapping[str, str | None]  # None: it goes
+    leaves: Collection[str]  # those that own a weight
+    alike: Collection[frozenset[str]]  # names that differ in the expert's number alone
+    by_tail: Mapping[str, str]  # what follows the prefix of the model -> name
+    ordered: Sequence[str]
+
+
+def _names(layout: Layout, keep: Mapping[str, Sequence[int]]) -> Names:
+    new: dict[str, str | None] = {}
+    leaves: dict[str, None] = {}
+    alike: dict[str, set[str]] = defaultdict(set)
+    for block in layout.blocks:
+        for part in block.parts:
+            match = EXPERT.fullmatch(part.tensor) if part.kind in ("expert", "tail") else None
+            if match is None:
+                continue
+            renamed = new_name(part, block.experts, keep[block.name])
+            start, rest = match.start("id"), part.tensor[match.end("id") :]
+            number = None if renamed is None else renamed[start : len(renamed) - len(rest)]
+            for end in [i for i, letter in enumerate(rest) if letter == "."] + [len(rest)]:
+                name = part.tensor[: match.end("id") + end]
+                new[name] = None if number is None else f"{part.tensor[:start]}{number}{rest[:end]}"
+                alike[f"{part.tensor[:start]}#{rest[:end]}"].add(name)
+            if part.tensor.endswith(WEIGHTS):
+                leaves[part.tensor.rpartition(".")[0]] = None
+    return Names(new, leaves, [*map(frozenset, alike.values())], {_tail(name): name for name in new}, sorted(new))
+
+
 class Renumbering:
-    """Old module names of experts, their new ones, and how lists of them change."""
+    """How lists of module names change; `keep` is the keep-list of every block."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, keep: Mapping[str, Sequence[int]]) -> None:
-        self.names: dict[str, str | None] = {}  # module or tensor of one expert -> its new name; None: it goes
-        self.leaves: dict[str, None] = {}  # those that own a weight
-        self.experts: dict[str, set[str]] = defaultdict(set)  # name without its number -> all names of that form
-        for block in layout.blocks:
-            for part in block.parts:
-                if part.kind in ("expert", "tail"):
-                    self._add(part.tensor, new_name(part, block.experts, keep[block.name]))
-        self.sorted = sorted(self.names)
-        self.tails = {_tail(name): name for name in self.names}
+        self.checkpoint, self.layout, self.keep = checkpoint, layout, keep
         self.globs = _uses_globs(checkpoint)
-        self.checkpoint = checkpoint
 
-    def _add(self, old: str, new: str | None) -> None:
-        match = EXPERT.fullmatch(old)
-        if match is None:
-            return
-        start = match.start("id")
-        rest = old[match.end("id") :].split(".")
-        for depth in range(1, len(rest) + 1):
-            tail = ".".join(rest[:depth])
-            new_id = None if new is None else new[start : len(new) - len(old[match.end("id") :])]
-            name = f"{old[: match.end('id')]}{tail}"
-            self.names[name] = None if new_id is None else f"{old[:start]}{new_id}{tail}"
-            self.experts[f"{old[:start]}#{tail}"].add(name)
-        if old.endswith(WEIGHTS):
-            self.leaves[old.rpartition(".")[0]] = None
+    @cached_property
+    def names(self) -> Names:
+        """Made only when an entry asks for it: a large model has a million."""
+        return _names(self.layout, self.keep)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with the names in its quantization settings renumbered, at every depth."""
@@ -101,37 +116,40 @@ class Renumbering:
 
     def entry(self, text: str, globs: bool) -> list[str]:
         """What one entry becomes: itself, one new name, several, or nothing."""
-        if text in self.names:
-            return [new for new in [self.names[text]] if new is not None]
         mark = MARK.match(text)
         if mark or PATTERN.search(text):
             return self._pattern(text, mark[0] if mark else "", globs)
-        return self._by_tail(text) if NUMBERED.search(text) else [text]
+        if NUMBERED.search(text) is None:
+            return [text]
+        if text in self.names.new:
+            return [new for new in [self.names.new[text]] if new is not None]
+        return self._by_tail(text)
 
     def _pattern(self, text: str, mark: str, globs: bool) -> list[str]:
         glob, pattern = globs and not mark, text[len(mark) :]
         matches, prefix = _matcher(pattern, glob), _literal_start(pattern, glob)
-        first, last = bisect_left(self.sorted, prefix), bisect_right(self.sorted, f"{prefix}\x7f")
-        met = {name for name in self.sorted[first:last] if matches(name)}
-        if all(names <= met or not names & met for names in self.experts.values()):
+        names = self.names.ordered
+        near = names[bisect_left(names, prefix) : bisect_right(names, f"{prefix}\x7f")]
+        met = {name for name in near if matches(name)}
+        if not met or all(group <= met or not group & met for group in self.names.alike):
             return [text]
-        new = [self.names[name] for name in self.leaves if name in met]
+        new = [self.names.new[name] for name in self.names.leaves if name in met]
         staying = list(dict.fromkeys(name for name in new if name is not None))
         return [f"{mark}{re.escape(name)}$" for name in staying] if mark in ("+:", "-:") else staying
 
     def _by_tail(self, text: str) -> list[str]:
         """A name under another prefix, as engines and older versions write it: found by what follows the prefix."""
-        old = self.tails.get(_tail(text))
+        tail = _tail(text)
+        old = self.names.by_tail.get(tail)
         if old is None:
-            known = any(_tail(text).startswith(f"{tail}.") or tail.endswith(f".{text}") for tail in self.tails)
-            if known:
+            if any(known.endswith(f".{text}") for known in self.names.by_tail):
                 raise InputError(
                     f"the quantization settings name {text!r}, which is no module of this checkpoint but may mean one; "
                     "write its full name, or take the entry out"
                 )
             return [text]
-        new = self.names[old]
-        return [] if new is None else [text.removesuffix(_tail(old)) + _tail(new)]
+        new = self.names.new[old]
+        return [] if new is None else [text.removesuffix(tail) + _tail(new)]
 
 
 def _tail(name: str) -> str:

@@ -13,12 +13,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeprune.console import size
-from moeprune.errors import InputError, MachineError
+from moeprune.errors import FULL_DISK, InputError, MachineError
 from moeprune.metadata import sync_folder
 
 STEP = 16 << 20  # bytes per system call, and the size of the one buffer
@@ -41,17 +41,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class NewFile:
-    """One safetensors file to write; `entries` are in the order of their bytes."""
+    """One file of weights to write: its first bytes, then the entries in this order."""
 
     name: str
+    head: bytes
     entries: tuple[Entry, ...]
-    metadata: Mapping[str, str] = field(default_factory=dict)
     indexed: bool = False
+    alignment: int = 1  # every entry is padded to a multiple of this
 
     @property
     def nbytes(self) -> int:
         """Its size on disk."""
-        return len(header(self)) + sum(entry.nbytes for entry in self.entries)
+        return len(self.head) + sum(entry.nbytes + -entry.nbytes % self.alignment for entry in self.entries)
 
 
 def aligned(entries: Iterable[Entry]) -> tuple[Entry, ...]:
@@ -79,11 +80,11 @@ def packed(entries: Iterable[Entry], limit: int) -> list[tuple[Entry, ...]]:
     return [tuple(group) for group in groups]
 
 
-def header(file: NewFile) -> bytes:
+def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     """The length and the JSON that a safetensors file begins with, padded to a multiple of 8 bytes."""
-    table: dict[str, Any] = {"__metadata__": dict(file.metadata)} if file.metadata else {}
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for entry in file.entries:
+    for entry in entries:
         table[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [at, at + entry.nbytes]}
         at += entry.nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
@@ -92,13 +93,13 @@ def header(file: NewFile) -> bytes:
 
 
 def write_file(folder: Path, file: NewFile) -> Path:
-    """Write one safetensors file; the caller syncs it."""
+    """Write one file of weights; the caller syncs it."""
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _explained(path), path.open("xb", buffering=0) as out, contextlib.ExitStack() as opened:
+    with explained(path), path.open("xb", buffering=0) as out, contextlib.ExitStack() as opened:
         sources: dict[Path, BinaryIO] = {}
-        _write_all(out, header(file))
-        for source, start, end, content in _steps(file.entries):
+        _write_all(out, file.head)
+        for source, start, end, content in _steps(file):
             if content is not None:
                 _write_all(out, content)
                 continue
@@ -116,24 +117,33 @@ def _check_length(path: Path, file: NewFile) -> None:
         )
 
 
-def _steps(entries: Sequence[Entry]) -> Iterator[tuple[Path, int, int, bytes | None]]:
-    """(file, start, end, None) for ranges, joined where they touch, and (file, 0, 0, bytes) for computed content."""
-    held: tuple[Path, int, int] | None = None
-    for entry in entries:
-        if entry.make is not None:
-            if held:
-                yield (*held, None)
-                held = None
-            yield from ((entry.source, 0, 0, content) for content in entry.make())
-        for start, end in entry.ranges:
-            if held and held[0] == entry.source and held[2] == start:
-                held = (entry.source, held[1], end)
-            else:
-                if held:
-                    yield (*held, None)
-                held = (entry.source, start, end)
+Step = tuple[Path, int, int, bytes | None]
+
+
+def _steps(file: NewFile) -> Iterator[Step]:
+    """(source, start, end, None) for ranges, joined where they touch, and (source, 0, 0, bytes) for other content."""
+    held: Step | None = None
+    for step in _pieces(file):
+        if held and step[3] is None and held[0] == step[0] and held[2] == step[1]:
+            held = (held[0], held[1], step[2], None)
+            continue
+        if held:
+            yield held
+        held = step if step[3] is None else None
+        if held is None:
+            yield step
     if held:
-        yield (*held, None)
+        yield held
+
+
+def _pieces(file: NewFile) -> Iterator[Step]:
+    for entry in file.entries:
+        for content in entry.make() if entry.make else ():
+            yield entry.source, 0, 0, content
+        for start, end in entry.ranges:
+            yield entry.source, start, end, None
+        if gap := -entry.nbytes % file.alignment:
+            yield entry.source, 0, 0, bytes(gap)
 
 
 def copy_range(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
@@ -169,21 +179,21 @@ def _write_all(out: BinaryIO, content: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Name the file in errors of the file system that do not name it."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise MachineError(f"the file system does not take a file as large as {path}; write elsewhere") from None
-        error.filename = error.filename or str(path)
+        error.filename = str(path) if error.errno in FULL_DISK else error.filename or str(path)
         raise
 
 
 def copy_side_file(source: Path, path: Path) -> None:
     """Carry one small file along, content and permissions; links become files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _explained(path):
+    with explained(path):
         shutil.copyfile(source, path)
         path.chmod(0o644 | (source.stat().st_mode & 0o111))
         sync_file(path)
@@ -191,7 +201,7 @@ def copy_side_file(source: Path, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write one small file of the result."""
-    with _explained(path):
+    with explained(path):
         path.write_text(text, encoding="utf-8")
         sync_file(path)
 
@@ -275,7 +285,7 @@ def sync_file(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with _explained(path):
+        with explained(path):
             os.fsync(handle)
     finally:
         os.close(handle)
