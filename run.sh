@@ -21,6 +21,7 @@ Steps (ARGS go to the script unchanged; `./run.sh reap --help` lists them):
   test     judge it by its parent   -> output/test_report.json
   full     reap, prune and test with the settings of .env and the environment; finished steps are skipped
   combine  add up the scores of several runs
+  serve    serve the pruned model (or: serve parent) with vLLM; stop ends it
   batch    send many prompts to a server and keep every answer
 
 Around the steps:
@@ -229,12 +230,13 @@ check() {
   [[ ${#failed[@]} -eq 0 ]] || die "check failed: ${failed[*]}" 1
 }
 
-doctor() {
+# on_host CMD...: with any Python that this machine has; nothing needs to be set up for it.
+on_host() {
   python=$(setting REAP_PYTHON)
   [[ -n $python || ! -x .venv/bin/python ]] || python=.venv/bin/python
   [[ -n $python ]] || find_python
   [[ -z $runtime ]] || export REAP_RUNTIME=$runtime
-  "$python" -m moeprune.doctor "$@"
+  "$python" "$@"
 }
 
 main() {
@@ -276,7 +278,16 @@ main() {
       docker compose build "$@" reap-cpu # both services use this image
       ;;
     shell) step shell bash "$@" ;;
-    doctor) doctor "$@" ;;
+    serve)
+      choose_runtime serve
+      [[ $runtime != docker ]] || compose_environment
+      on_host serve.py "$@"
+      ;;
+    stop)
+      compose_environment
+      on_host serve.py stop "$@"
+      ;;
+    doctor) on_host -m moeprune.doctor "$@" ;;
     help | -h) usage ;;
     *) die "unknown command '$command'; ./run.sh help lists the commands" ;;
   esac

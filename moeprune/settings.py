@@ -24,6 +24,7 @@ STAGES = {
     "preview": "Show what each cut would lose, before anything is written.",
     "test": "Generate with the pruned model and judge it against its parent.",
     "combine": "Add up the scores of several runs on the same model.",
+    "serve": "Serve the pruned model or its parent with vLLM: serve pruned|parent [FLAGS] [-- ARGS OF VLLM].",
     "batch": "Send many prompts to an OpenAI-compatible server and keep every answer.",
 }
 
@@ -85,12 +86,15 @@ def setting(
 class Settings:
     """The resolved settings of one run."""
 
-    model_path: str = setting("", str, "reap prune preview test", "folder with the checkpoint, or a hub id")
+    model_path: str = setting("", str, "reap prune preview test serve", "folder with the checkpoint, or a hub id")
     output_path: Path = setting(
-        Path("output"), Path, "reap prune preview test combine batch", "folder for every result"
+        Path("output"), Path, "reap prune preview test combine batch serve", "folder for every result"
     )
     pruned_output_path: str = setting(
-        "", str, "prune test", "folder of the pruned model; empty: a name from model and count, in the output folder"
+        "",
+        str,
+        "prune test serve",
+        "folder of the pruned model; empty: a name from model and count, in the output folder",
     )
     hf_token: str = setting("", str, "reap prune preview test", "hub access token", env="HF_TOKEN", secret=True)
     trust_remote_code: bool = setting(
@@ -215,12 +219,20 @@ class Settings:
     prompts_path: str = setting("", str, "batch", "prompts: a folder, or a txt, md, json or jsonl file")
     answers_path: str = setting("", str, "batch", "file of the answers; empty: answers.jsonl in the output folder")
     compare: str = setting("", str, "batch", "answers of another model to put side by side")
-    served_model: str = setting("", str, "batch", "name of the model on the server; empty: the only one there")
+    served_model: str = setting(
+        "", str, "batch serve", "name of the model on the server; empty: its folder, or the only"
+    )
     api: str = setting("chat", one_of("chat", "completions"), "batch", "what the server is asked: chat | completions")
     temperature: float = setting(0.0, float, "batch", "0 takes the most likely token")
     concurrency: int = setting(8, positive, "batch", "prompts that are asked at the same time")
     request_timeout: float = setting(600.0, float, "batch", "seconds to wait for a byte of an answer")
     attempts: int = setting(8, positive, "batch", "tries for a prompt; the pauses between them grow to 30 s")
+
+    serve_host: str = setting("127.0.0.1", str, "serve", "address to serve at; 0.0.0.0: all of this machine's")
+    serve_port: int = setting(8000, positive, "serve", "port to serve at")
+    serve_timeout: float = setting(1800.0, float, "serve", "seconds to wait until the server answers")
+    serve_image: str = setting("", str, "serve", "image with vLLM; empty: NVIDIA's")
+    serve_python: str = setting("", str, "serve", "interpreter with vLLM, for serving without a container")
 
     origin: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -270,8 +282,12 @@ def read_dotenv(path: Path) -> dict[str, str]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip() and not line.startswith("#") and not DOTENV_LINE.fullmatch(line):
             raise UsageError(f"{path}:{number}: write NAME=value, without quotes, spaces, $ or a comment behind it")
-    from dotenv import dotenv_values  # here, so that `doctor` runs before anything is installed
-
+    try:
+        from dotenv import dotenv_values
+    except ModuleNotFoundError:  # doctor and serve run before the set-up; any reader agrees on the lines that got here
+        lines = path.read_text(encoding="utf-8").splitlines()
+        pairs = (line.split("=", 1) for line in lines if line.strip() and not line.startswith("#"))
+        return {name: value for name, value in pairs if value}
     return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
 
 

@@ -163,6 +163,18 @@ def test_only_steps_that_compute_ask_for_the_gpu(place):
         assert f" {service} python3 " in place.steps()[-1]
 
 
+def test_serve_runs_on_this_machine_and_knows_where_the_server_belongs(place):
+    (place.bin / "interpreter").write_text('#!/bin/bash\necho "interpreter $* in $REAP_RUNTIME" >>"$CALLS"\n')
+    place.run("serve", "parent", "--serve-port", "9000", "--", "--max-model-len", "128")
+    expected = "serve.py parent --serve-port 9000 -- --max-model-len 128 in native"
+    assert place.calls("interpreter") == [expected]
+    place.stub("docker")
+    place.run("serve")
+    assert place.calls("interpreter") == ["serve.py in docker"]
+    place.run("stop")
+    assert place.calls("interpreter") == ["serve.py stop in "]
+
+
 def test_settings_come_from_dotenv_without_running_it(place):
     (place.folder / ".env").write_text("REAP_RUNTIME=native\n# REAP_RUNTIME=docker\nREAP_PYTHON=$(touch /tmp/x)\n")
     place.stub("docker")
