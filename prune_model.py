@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 
 from moeprune import console, errors
-from moeprune.checkpoint import families, writer
+from moeprune.checkpoint import families, formats, writer
 from moeprune.checkpoint.folder import locate_model, open_checkpoint, warn_of_other_weights
 from moeprune.console import say
 from moeprune.pruning import result
-from moeprune.pruning.choice import choose
+from moeprune.pruning.choice import choose, without
 from moeprune.pruning.result import Result
 from moeprune.pruning.verify import Verification
 from moeprune.settings import resolve
@@ -25,8 +25,10 @@ def main(argv: list[str]) -> None:
     settings = resolve("prune", argv)
     checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
     layout = families.understand(checkpoint)
+    formats.check_cuttable(checkpoint, layout)
     gone = families.mtp_tensors(checkpoint, layout) if settings.drop_mtp else frozenset()
-    choice = choose(settings, checkpoint, layout, gone)
+    layout = without(layout, gone)
+    choice = choose(settings, checkpoint, layout)
     planned = result.plan(settings, checkpoint, layout, choice, gone)
     if not settings.force and planned.is_current():
         say(f"{planned.target} is current: {choice.count} of {layout.experts} experts, same scores, same model")

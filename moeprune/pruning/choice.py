@@ -30,9 +30,14 @@ class Choice:
     warnings: tuple[str, ...] = ()
 
 
-def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout, gone: Collection[str] = ()) -> Choice:
-    """The keep-lists of all blocks that are not `gone` with their layers."""
-    blocks = [block for block in layout.blocks if block.parts[0].tensor not in gone]
+def without(layout: Layout, gone: Collection[str]) -> Layout:
+    """The layout without the blocks that leave as a whole."""
+    return replace(layout, blocks=tuple(b for b in layout.blocks if b.parts[0].tensor not in gone))
+
+
+def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> Choice:
+    """The keep-lists of all blocks."""
+    blocks = layout.blocks
     limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
     if settings.plan:
         choice = _from_plan(settings, layout, blocks, limits)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeprune import VERSION, metadata
-from moeprune.checkpoint import families, writer
+from moeprune.checkpoint import families, formats, writer
 from moeprune.checkpoint.families import Layout
 from moeprune.checkpoint.folder import Checkpoint, fingerprint
+from moeprune.checkpoint.renumber import Renumbering
 from moeprune.console import say, size, warn, warnings
 from moeprune.errors import UsageError
 from moeprune.pruning import rewrite
@@ -35,6 +36,7 @@ class Result:
     gone: frozenset[str]
     actions: tuple[rewrite.Action, ...]
     files: tuple[writer.NewFile, ...]
+    edited: Mapping[str, Mapping[str, Any]]  # new contents of JSON files, by relative path
     target: Path
     model_fingerprint: str
     fingerprint: str
@@ -60,14 +62,26 @@ class Result:
 
 
 def plan(settings: Settings, checkpoint: Checkpoint, layout: Layout, choice: Choice, gone: frozenset[str]) -> Result:
-    """Work out the whole result; nothing is written."""
+    """Work out the whole result; nothing is written. Blocks that are `gone` are no longer in the layout."""
     done = rewrite.actions(checkpoint, layout, choice.keep, gone)
-    keep = json.dumps({block: choice.keep[block] for block in sorted(choice.keep)})
+    renumbering = Renumbering(checkpoint, layout, choice.keep)
+    metadata_of = {shard: renumbering.metadata(about) for shard, about in checkpoint.shard_metadata.items()}
+    config = renumbering.config(families.updated_config(checkpoint, layout, choice.count))
     model = fingerprint(checkpoint)
-    made_from = metadata.digest(VERSION, model, keep, json.dumps(sorted(gone)), choice.source)
-    files = rewrite.new_files(checkpoint, done)
-    target = target_of(settings, checkpoint, layout, choice.count)
-    return Result(settings, checkpoint, layout, choice, gone, done, files, target, model, made_from)
+    keep = json.dumps({block: choice.keep[block] for block in sorted(choice.keep)})
+    return Result(
+        settings=settings,
+        checkpoint=checkpoint,
+        layout=layout,
+        choice=choice,
+        gone=gone,
+        actions=done,
+        files=rewrite.new_files(checkpoint, done, metadata_of),
+        edited=renumbering.side_files() | {"config.json": families.config_without_mtp(config) if gone else config},
+        target=target_of(settings, checkpoint, layout, choice.count),
+        model_fingerprint=model,
+        fingerprint=metadata.digest(VERSION, model, keep, json.dumps(sorted(gone)), choice.source),
+    )
 
 
 def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: int) -> Path:
@@ -124,7 +138,7 @@ def describe(planned: Result) -> None:
     for text in planned.choice.warnings:
         warn(text)
     counts = rewrite.counts(planned.actions)
-    say(f"model    {planned.checkpoint.folder} ({planned.layout.model_type})")
+    say(f"model    {planned.checkpoint.folder} ({planned.layout.model_type}, {formats.format_of(planned.checkpoint)})")
     say(f"plan     {planned.choice.count} of {planned.layout.experts} experts in {len(planned.choice.keep)} blocks")
     say(f"size     {size(before)} -> {size(after)} ({after / before:.1%})")
     say(f"tensors  {', '.join(f'{kind} {n}' for kind, n in counts.items())}; {len(planned.actions)} in all")
@@ -134,7 +148,7 @@ def describe(planned: Result) -> None:
 
 def write_small_files(planned: Result, folder: Path) -> None:
     """Everything but the weights, synced: edited where it counts or names experts, else carried along as it is."""
-    checkpoint, edited = planned.checkpoint, dict(edited_json(planned))
+    checkpoint, edited = planned.checkpoint, planned.edited
     for path in checkpoint.side_files:
         if path.as_posix() not in OUR_FILES and path.as_posix() not in edited:
             writer.copy_side_file(checkpoint.folder / path, folder / path)
@@ -146,15 +160,8 @@ def write_small_files(planned: Result, folder: Path) -> None:
         writer.write_text(folder / writer.INDEX, writer.index_text(planned.files, checkpoint.index, elements))
     if planned.choice.source.name == SCORES:
         writer.copy_side_file(planned.choice.source, folder / SCORES)
-    metadata.write_json(folder / MANIFEST, manifest(planned))
-
-
-def edited_json(planned: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """File name -> content, for the JSON files of the model that say how many experts there are or name them."""
-    config = families.updated_config(planned.checkpoint, planned.layout, planned.choice.count)
-    if planned.gone:
-        config = families.config_without_mtp(config)
-    yield "config.json", config
+    with writer.explained(folder / MANIFEST):
+        metadata.write_json(folder / MANIFEST, manifest(planned))
 
 
 def json_like(original: str, data: Mapping[str, Any]) -> str:
@@ -175,6 +182,7 @@ def manifest(planned: Result) -> dict[str, Any]:
             "plan": {"path": str(planned.choice.source), "sha256": metadata.digest(planned.choice.source)},
         },
         "model_type": planned.layout.model_type,
+        "format": formats.format_of(planned.checkpoint),
         "experts": planned.layout.experts,
         "kept": planned.choice.count,
         "actions": rewrite.counts(planned.actions),

@@ -189,42 +189,46 @@ def counts(done: Iterable[Action]) -> dict[str, int]:
     return {kind: found[kind] for kind in KINDS if found[kind] or kind != "remap"}
 
 
-def new_files(checkpoint: Checkpoint, done: Sequence[Action]) -> tuple[writer.NewFile, ...]:
+ShardMetadata = Mapping[Path, Mapping[str, str]]
+
+
+def new_files(checkpoint: Checkpoint, done: Sequence[Action], metadata: ShardMetadata) -> tuple[writer.NewFile, ...]:
     """The files of the result: indexed shards packed anew, none larger than the parent's largest; others by name."""
     kept: dict[Path, list[Action]] = {shard: [] for shard in checkpoint.shards}
+    sizes = dict.fromkeys(checkpoint.shards, 0)
     for action in done:
+        sizes[action.tensor.file] += action.tensor.nbytes
         if action.kind != "drop":
             kept[action.tensor.file].append(action)
     indexed = set((checkpoint.index or {}).get("weight_map", {}).values())
     shards = [shard for shard in checkpoint.shards if shard.name in indexed]
-    limit = max((sum(a.tensor.nbytes for a in done if a.tensor.file == shard) for shard in shards), default=0)
+    limit = max((sizes[shard] for shard in shards), default=0)
     packs: list[tuple[tuple[writer.Entry, ...], Mapping[str, str]]] = []
-    for metadata, together in _by_metadata(checkpoint, shards):
-        entries = [entry for shard in together for entry in _entries(kept[shard])]
-        packs += [(writer.aligned(group), metadata) for group in writer.packed(entries, limit)]
+    for about, together in _by_metadata(metadata, shards):
+        entries = [_entry(action) for shard in together for action in kept[shard]]
+        packs += [(writer.aligned(group), about) for group in writer.packed(entries, limit)]
     names = [f"model-{i:05d}-of-{len(packs):05d}.safetensors" for i in range(1, len(packs) + 1)]
-    packed = [writer.NewFile(name, *pack, indexed=True) for name, pack in zip(names, packs, strict=True)]
+    packed = [
+        writer.NewFile(name, writer.header(entries, about), entries, indexed=True)
+        for name, (entries, about) in zip(names, packs, strict=True)
+    ]
     alone = [shard for shard in checkpoint.shards if shard.name not in indexed and kept[shard]]
-    return (*packed, *(_as_it_was(checkpoint, shard, kept[shard]) for shard in alone))
+    return (*packed, *(_as_it_was(shard, kept[shard], metadata[shard]) for shard in alone))
 
 
-def _as_it_was(checkpoint: Checkpoint, shard: Path, done: Iterable[Action]) -> writer.NewFile:
-    return writer.NewFile(shard.name, _entries(done), checkpoint.shard_metadata[shard])
+def _as_it_was(shard: Path, done: Iterable[Action], metadata: Mapping[str, str]) -> writer.NewFile:
+    entries = writer.aligned(map(_entry, done))
+    return writer.NewFile(shard.name, writer.header(entries, metadata), entries)
 
 
-def _by_metadata(checkpoint: Checkpoint, shards: Iterable[Path]) -> list[tuple[Mapping[str, str], list[Path]]]:
+def _by_metadata(metadata: ShardMetadata, shards: Iterable[Path]) -> list[tuple[Mapping[str, str], list[Path]]]:
     """Neighbouring shards that may share a file, because their `__metadata__` says the same."""
     groups: list[tuple[Mapping[str, str], list[Path]]] = []
     for shard in shards:
-        metadata = checkpoint.shard_metadata[shard]
-        if not groups or groups[-1][0] != metadata:
-            groups.append((metadata, []))
+        if not groups or groups[-1][0] != metadata[shard]:
+            groups.append((metadata[shard], []))
         groups[-1][1].append(shard)
     return groups
-
-
-def _entries(done: Iterable[Action]) -> tuple[writer.Entry, ...]:
-    return writer.aligned(_entry(action) for action in done)
 
 
 def _entry(action: Action) -> writer.Entry:
