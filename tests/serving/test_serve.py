@@ -1,0 +1,150 @@
+"""serve and stop with a small server in vLLM's place, and with vLLM itself where VLLM_PYTHON names an interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.serving.test_batch import batch, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = """#!/bin/bash
+# Called as an interpreter with -m vllm.entrypoints...; the name stays in the list of processes, as vLLM's would.
+echo "asked for: $*"
+[[ ! -e {folder}/die ]] || {{ echo "CUDA out of memory"; exit 1; }}
+while [[ $1 != --port ]]; do shift; done
+exec -a "vllm.entrypoints" {python} {root}/tests/serving/echo_server.py "$2"
+"""
+
+
+class Place:
+    """A folder with a model in output/half and a stand-in for vLLM's interpreter."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        for name in ("output/half", "parent"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "config.json").write_text("{}")
+        (folder / "output/half/pruning.json").write_text("{}")
+        self.python = folder / "vllm-python"
+        self.python.write_text(STAND_IN.format(folder=folder, python=sys.executable, root=ROOT))
+        self.python.chmod(0o755)
+
+    def serve(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """serve.py, as run.sh calls it."""
+        settings = {"REAP_SERVE_PYTHON": str(self.python), "REAP_RUNTIME": "native", "REAP_SERVE_TIMEOUT": "60"}
+        env = {"PATH": os.environ["PATH"], "REAP_SERVE_PORT": str(self.port), **settings, **environ}
+        command = [sys.executable, ROOT / "serve.py", *words]
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300)
+
+    @property
+    def state(self) -> dict | None:
+        """What serve.py wrote about the server."""
+        path = self.folder / "output/serve.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.fixture
+def place(tmp_path):
+    made = Place(tmp_path)
+    yield made
+    made.serve("stop")
+
+
+def test_it_waits_says_where_the_server_is_and_stops_it(place):
+    done = place.serve("pruned", "--", "--max-model-len", "128")
+    assert done.returncode == 0, done.stderr
+    url = f"http://127.0.0.1:{place.port}/v1"
+    assert done.stdout == f"{url}\n"
+    assert "serving half" in done.stderr
+    log = (place.folder / "output/serve.log").read_text()
+    model = place.folder / "output/half"
+    assert f"--model {model} --served-model-name half --host 127.0.0.1 --port {place.port} --max-model-len 128" in log
+    (place.folder / "p.jsonl").write_text('"ab"\n')
+    assert batch(place.folder, url, "--prompts-path", "p.jsonl").returncode == 0
+
+    again = place.serve("parent", REAP_MODEL_PATH="parent")
+    assert (again.returncode, "half is being served" in again.stderr) == (2, True)
+
+    stopped = place.serve("stop")
+    assert (stopped.returncode, "stopped half" in stopped.stderr) == (0, True)
+    assert place.state is None
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", place.port), timeout=1)
+    assert "no server of ours" in place.serve("stop").stderr
+
+
+def test_the_parent_is_the_configured_model(place):
+    assert "no parent is named" in place.serve("parent").stderr
+    assert place.serve("parent", REAP_MODEL_PATH="parent").returncode == 0
+    assert place.state["model"] == "parent"
+
+
+def test_a_server_that_dies_while_loading_is_noticed_and_quoted(place):
+    (place.folder / "die").touch()
+    start = time.monotonic()
+    done = place.serve()
+    assert done.returncode == 4
+    assert "CUDA out of memory" in done.stderr.splitlines()[-1]
+    assert time.monotonic() - start < 20
+
+
+def test_what_cannot_be_served_is_refused(place):
+    assert place.serve("nothing").returncode == 2
+    assert place.serve(REAP_PRUNED_OUTPUT_PATH="output").returncode == 3
+    assert "vLLM is not installed" in place.serve(REAP_SERVE_PYTHON="").stderr
+    (place.folder / "output/half/pruning.json").unlink()
+    assert place.serve().returncode == 3
+
+
+def test_another_server_on_the_port_is_not_taken_for_ours(place):
+    other = subprocess.Popen([sys.executable, ROOT / "tests/serving/echo_server.py", str(place.port)])
+    try:
+        time.sleep(1)
+        done = place.serve()
+        assert (done.returncode, "another server answers" in done.stderr) == (2, True)
+        assert place.state is None
+    finally:
+        other.kill()
+
+
+def test_a_process_number_that_belongs_to_another_program_is_left_alone(place):
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        state = {"url": "http://x/v1", "model": "half", "log": "x", "pid": bystander.pid, "service": ""}
+        (place.folder / "output/serve.json").write_text(json.dumps(state))
+        assert "no server of ours" in place.serve("stop").stderr
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+
+
+@pytest.mark.skipif(not os.environ.get("VLLM_PYTHON"), reason="VLLM_PYTHON names an interpreter that has vLLM")
+def test_vllm_itself_serves_the_demo_model(place):
+    """Where vLLM is, the whole chain is real: start, health, answers with the server's token counts, stop."""
+    environ = {
+        "REAP_SERVE_PYTHON": os.environ["VLLM_PYTHON"],
+        "REAP_MODEL_PATH": str(ROOT / "demo/model"),
+        "REAP_SERVE_TIMEOUT": "280",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    words = ("--enforce-eager", "--max-model-len", "128", "--dtype", "bfloat16")
+    done = place.serve("parent", "--", *words, **environ)
+    assert done.returncode == 0, done.stderr + (place.folder / "output/serve.log").read_text()[-3000:]
+    with urllib.request.urlopen(f"{done.stdout.strip()}/models") as response:
+        assert json.load(response)["data"][0]["id"] == "model"
+    (place.folder / "p.jsonl").write_text('"2 + 2 ="\n"2 + 3 ="\n')
+    asked = batch(place.folder, done.stdout.strip(), "--prompts-path", "p.jsonl", "--api", "completions")
+    assert asked.returncode == 0, asked.stderr
+    found = [json.loads(line) for line in (place.folder / "a.jsonl").read_text().splitlines()]
+    assert {entry["answer"].strip() for entry in found} == {"4", "5"}
+    assert all(entry["completion_tokens"] > 0 for entry in found)
