@@ -39,6 +39,7 @@ ROUTER_ELSEWHERE = re.compile(r"moe\.router\.")  # relative to the layer, where 
 NO_ROUTER = re.compile(r"router\.(scale|global_scale)$")
 SHARED = re.compile(r"shared|share_expert|shexp")
 PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_zero_point|absmax)$")
+BLOCK_SCALE = re.compile(r"\.weight_scale(_inv)?$")
 ATTENTION = re.compile(r"attn|attention")
 
 
@@ -214,11 +215,11 @@ def _router_part(tensor: Tensor, experts: int, hints: Hints) -> Part | None:
     """A tensor of the router, with one row (or column) per expert, or none of the experts' business."""
     if tensor.name.endswith("tid2eid"):
         return Part(tensor.name, "ids", router=True)
-    for axis in [1] if hints.two_kinds else [0, 1]:
-        size = tensor.shape[axis] if axis < len(tensor.shape) else 0
-        if math.prod(tensor.shape) > 1 and size in (experts, experts + hints.tail):
-            return Part(tensor.name, "rows", axis=axis, tail=size - experts, router=True)
-    if PACKED.search(tensor.name):
+    axis = 1 if hints.two_kinds or tensor.shape[:1] == (1,) else 0
+    size = tensor.shape[axis] if axis < len(tensor.shape) else 0
+    if math.prod(tensor.shape) > 1 and size in (experts, experts + hints.tail):
+        return Part(tensor.name, "rows", axis=axis, tail=size - experts, router=True)
+    if PACKED.search(tensor.name) or (BLOCK_SCALE.search(tensor.name) and size > 1):
         raise InputError(f"{tensor.name}: this router is packed across experts and cannot be cut; keep it unquantized")
     return None
 

@@ -92,8 +92,8 @@ def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_file(folder: Path, file: NewFile) -> Path:
-    """Write one file of weights; the caller syncs it."""
+def write_file(folder: Path, file: NewFile, go_on: Callable[[], None]) -> Path:
+    """Write one file of weights; the caller syncs it. `go_on` is called before each step and may raise."""
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with explained(path), path.open("xb", buffering=0) as out, contextlib.ExitStack() as opened:
@@ -105,7 +105,7 @@ def write_file(folder: Path, file: NewFile) -> Path:
                 continue
             if source not in sources:
                 sources[source] = opened.enter_context(source.open("rb", buffering=0))
-            copy_range(sources[source], out, start, end)
+            copy_range(sources[source], out, start, end, go_on)
         _check_length(path, file)
     return path
 
@@ -146,24 +146,26 @@ def _pieces(file: NewFile) -> Iterator[Step]:
             yield entry.source, 0, 0, bytes(gap)
 
 
-def copy_range(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
+def copy_range(source: BinaryIO, out: BinaryIO, start: int, end: int, go_on: Callable[[], None]) -> None:
     """Append bytes `start` to `end` of `source` to `out`, inside the kernel where the file systems allow it."""
     while start < end:
+        go_on()
         try:
             done = os.copy_file_range(source.fileno(), out.fileno(), min(STEP, end - start), offset_src=start)
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in CANNOT_COPY:
                 raise
-            _copy_through_buffer(source, out, start, end)
+            _copy_through_buffer(source, out, start, end, go_on)
             return
         if done == 0:
             raise InputError(f"{source.name} ends at byte {start}, before byte {end}; it was cut while it was read")
         start += done
 
 
-def _copy_through_buffer(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
+def _copy_through_buffer(source: BinaryIO, out: BinaryIO, start: int, end: int, go_on: Callable[[], None]) -> None:
     buffer = memoryview(bytearray(min(STEP, end - start)))
     while start < end:
+        go_on()
         done = os.preadv(source.fileno(), [buffer[: end - start]], start)
         if done == 0:
             raise InputError(f"{source.name} ends at byte {start}, before byte {end}; it was cut while it was read")

@@ -320,6 +320,11 @@ REFUSED = {
         layer("model.layers.0", GATE | STACKED | {"mlp.experts.more": [5, 16]}),
         "experts.more.*does not begin with the 8",
     ),
+    "a router with a scale for several experts": (
+        MIXTRAL,
+        layer("model.layers.0", GATE | {"mlp.gate.weight_scale_inv": [2, E]}, GATED),
+        "packed across experts",
+    ),
     "a router packed across experts": (
         MIXTRAL,
         layer("model.layers.0", GATE | {"mlp.gate.qzeros": ("I32", [1, 1])}, GATED),

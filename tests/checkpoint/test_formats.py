@@ -1,0 +1,110 @@
+"""Number formats are recognised by what their makers write; what is not known, or cannot be cut exactly, is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moeprune.checkpoint import formats
+from moeprune.checkpoint.families import understand
+from moeprune.checkpoint.folder import open_checkpoint
+from moeprune.errors import InputError
+from tests import handmade
+
+E = 8
+CONFIG = {"model_type": "qwen3_moe", "num_experts": E, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+
+
+def stacked(dtype="BF16"):
+    return {
+        "model.layers.0.mlp.gate.weight": ("F32", [E, 4]),
+        "model.layers.0.mlp.experts.gate_up_proj": (dtype, [E, 8, 32]),
+        "model.layers.0.mlp.experts.down_proj": (dtype, [E, 4, 64]),
+    }
+
+
+def written(folder, settings, key="quantization_config", tensors=None):
+    config = CONFIG | ({key: settings} if settings else {})
+    return open_checkpoint(handmade.checkpoint(folder, config, tensors or stacked()))
+
+
+# As they stand in config.json of published checkpoints, shortened.
+WRITTEN = {
+    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    "deepseek_fp4": {"quant_method": "fp8", "expert_dtype": "fp4", "scale_fmt": "ue8m0"},
+    "ct_int4": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}},
+    },
+    "ct_fp8": {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": {}}},
+    "ct_int8": {"quant_method": "compressed-tensors", "format": "int-quantized"},
+    "nvfp4": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"]},
+    "mxfp4_ct": {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "config_groups": {"group_0": {"format": "mxfp4-pack-quantized"}},
+    },
+    "modelopt_nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8}},
+    "modelopt_fp8": {"quant_method": "modelopt", "quant_algo": "FP8"},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+    "auto_round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+    "mlx": {"bits": 4, "group_size": 64, "mode": "affine", "model.layers.0.mlp.gate": {"bits": 8, "group_size": 64}},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_format_is_recognised(tmp_path, name):
+    key = "quantization" if name == "mlx" else "quantization_config"
+    assert formats.format_of(written(tmp_path, WRITTEN[name], key)) == name
+
+
+def test_every_format_is_recognised_here():
+    assert {entry.name for entry in formats.FORMATS} - set(WRITTEN) == {"modelopt"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [("BF16", "bf16"), ("F16", "fp16"), ("F64", "fp64"), ("F8_E4M3", "f8_e4m3")]
+)
+def test_a_plain_checkpoint_is_named_after_most_of_its_bytes(tmp_path, dtype, name):
+    assert formats.format_of(written(tmp_path, None, tensors=stacked(dtype))) == name
+
+
+def test_settings_are_found_in_a_part_of_the_config_and_beside_it(tmp_path):
+    inner = written(tmp_path / "a", {"quantization_config": WRITTEN["awq"]}, key="text_config")
+    assert formats.format_of(inner) == "awq"
+    folder = written(tmp_path / "b", None).folder
+    side = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(side))
+    assert formats.format_of(open_checkpoint(folder)) == "modelopt_nvfp4"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"quant_method": "hqq", "bits": 4, "group_size": 64}, {"quant_method": "compressed-tensors", "format": "new"}],
+)
+def test_an_unknown_format_is_refused(tmp_path, settings):
+    with pytest.raises(InputError, match=settings["quant_method"]):
+        formats.format_of(written(tmp_path, settings))
+
+
+def test_a_shape_kept_beside_stacked_experts_is_refused(tmp_path):
+    checkpoint = written(tmp_path, WRITTEN["torchao"])
+    name = "model.layers.0.mlp.experts.down_proj"
+    for data, refused in (
+        ({"_type": "T", "block_size": [1, 4, 64]}, False),
+        ({"_type": "T", "shape": [E, 4, 64]}, True),
+    ):
+        metadata = {"format": "pt", name: json.dumps({"_type": "X", "_data": data})}
+        handmade.shard(checkpoint.folder / "model.safetensors", stacked(), metadata)
+        again = open_checkpoint(checkpoint.folder)
+        if refused:
+            with pytest.raises(InputError, match=r"down_proj.*cannot be cut"):
+                formats.check_cuttable(again, understand(again))
+        else:
+            formats.check_cuttable(again, understand(again))
