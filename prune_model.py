@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from threading import Event
 
 from moeprune import console, errors
 from moeprune.checkpoint import families, formats, writer
@@ -49,13 +50,13 @@ def cut(planned: Result) -> None:
     """Write beside the target, prove every file against the parent as soon as it is there, then rename."""
     started = time.monotonic()
     bar = console.Progress("writing", len(planned.files))
-    with writer.beside(planned.target) as folder, helpers() as pool, helpers() as syncing:
+    with writer.beside(planned.target) as folder, helpers() as (pool, syncing, go_on):
         proof = Verification(planned.checkpoint.folder, folder, planned.choice.keep, planned.gone)
 
         def make(file: writer.NewFile) -> str:
-            path = writer.write_file(folder, file)
+            path = writer.write_file(folder, file, go_on)
             synced = syncing.submit(writer.sync_file, path)
-            proof.file(path)
+            proof.file(path, go_on)
             synced.result()
             return file.name
 
@@ -69,13 +70,21 @@ def cut(planned: Result) -> None:
 
 
 @contextmanager
-def helpers() -> Iterator[ThreadPoolExecutor]:
-    """Threads for copying and comparing, which happen in the kernel; after an error nothing new is begun."""
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+def helpers() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, Callable[[], None]]]:
+    """Threads for copying and for syncing, which wait for the kernel; after an error they stop at their next step."""
+    stop = Event()
+
+    def go_on() -> None:
+        if stop.is_set():
+            raise errors.Interrupted
+
+    count = min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as pool, ThreadPoolExecutor(count) as syncing:
+        try:
+            yield pool, syncing, go_on
+        except BaseException:
+            stop.set()
+            raise
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ missing, extra, out of range or left at its old size. A ResultError here means a
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,11 @@ class Verification:
         """2 where text and image experts are numbered one behind the other, else 1."""
         return 2 if block + VISION in self.keep else 1
 
-    def file(self, path: Path) -> None:
-        """Compare every tensor of one file of the result with the parent's bytes."""
+    def file(self, path: Path, go_on: Callable[[], None]) -> None:
+        """Compare every tensor of one file of the result with the parent's bytes; `go_on` may raise to end it early."""
         with Reader() as reader:
             for name, after in evidence.header_of(path, strict=True).items():
+                go_on()
                 if name not in self.origin:
                     raise ResultError(f"{path} holds {name}, which must not be there")
                 before, block = self.before[self.origin[name]], self.block_of[self.origin[name]]

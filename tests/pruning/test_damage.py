@@ -43,8 +43,8 @@ def test_killed_in_the_middle_and_run_again(parent: Path, tmp_path: Path, flags:
     before = digest(parent)
     code = (
         "import sys, time, prune_model; from moeprune.checkpoint import writer; write = writer.write_file\n"
-        "def slow(folder, file):\n"
-        "    path = write(folder, file)\n"
+        "def slow(folder, file, go_on):\n"
+        "    path = write(folder, file, go_on)\n"
         "    if '00002' in file.name: print('now', flush=True); time.sleep(60)\n"
         "    return path\n"
         "writer.write_file = slow; prune_model.main(sys.argv[1:])"
@@ -68,10 +68,12 @@ def test_killed_in_the_middle_and_run_again(parent: Path, tmp_path: Path, flags:
 
 
 def test_interrupted_leaves_nothing(parent: Path, tmp_path: Path, flags: list[str]) -> None:
+    """The kernel copies a byte at a time here, so the stage is in the middle of a file when it is told to stop."""
     code = (
-        "import sys, time, prune_model; from moeprune import errors; from moeprune.checkpoint import writer\n"
-        "def slow(folder, file): print('now', flush=True); time.sleep(60)\n"
-        "writer.write_file = slow; errors.run(prune_model.main)"
+        "import os, sys, time, prune_model; from moeprune import errors; copy = os.copy_file_range\n"
+        "def slow(source, target, count, offset_src):\n"
+        "    print('now', flush=True); time.sleep(0.1); return copy(source, target, 1, offset_src)\n"
+        "os.copy_file_range = slow; errors.run(prune_model.main)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *flags],
@@ -83,7 +85,7 @@ def test_interrupted_leaves_nothing(parent: Path, tmp_path: Path, flags: list[st
     assert process.stdout is not None
     process.stdout.readline()
     process.terminate()
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=20)
     assert process.returncode == 143
     assert said.splitlines()[-1].startswith("error: stopped by SIGTERM")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
@@ -161,7 +163,7 @@ def test_source_cut_while_it_is_read(parent: Path, tmp_path: Path, flags: list[s
     code = (
         "import os, sys, prune_model; from moeprune import errors; from moeprune.checkpoint import writer\n"
         "write = writer.write_file\n"
-        "def cutting(folder, file): os.truncate(sys.argv[-1], 9000); return write(folder, file)\n"
+        "def cutting(*args): os.truncate(sys.argv[-1], 9000); return write(*args)\n"
         "writer.write_file = cutting; errors.run(lambda argv: prune_model.main(argv[:-1]))"
     )
     argv = ["--model-path", str(damaged), *flags[2:], str(shard)]
