@@ -254,7 +254,7 @@ def _ask(*command: str) -> tuple[str, str]:
     """What a program answers on stdout, or why it does not."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except FileNotFoundError:
+    except OSError:  # not there, or in a folder of PATH that this user may not enter
         return "", ""
     except subprocess.TimeoutExpired:
         return "", f"{command[0]} does not answer within 20 s"

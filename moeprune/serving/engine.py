@@ -145,7 +145,7 @@ def _is_server(pid: int) -> bool:
 def _output(command: Sequence[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
+    except OSError:  # not there, or in a folder of PATH that this user may not enter
         return ""
 
 

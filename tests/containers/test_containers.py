@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,34 @@ def test_the_gpu_is_asked_for_where_there_is_one(checkout, tmp_path):
 
 def test_this_is_the_checkout_that_is_tested(checkout):
     assert (Path(checkout.folder) / "Dockerfile").read_bytes() == (ROOT / "Dockerfile").read_bytes()
+
+
+def test_serve_and_stop_through_compose(checkout, demo):
+    """An image with a small server under vLLM's name: it proves service, mount and waiting, not vLLM."""
+    context = checkout.folder.parent / "stand-in"
+    package = context / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    shutil.copy(ROOT / "tests/serving/echo_server.py", package / "echo_server.py")
+    (package / "api_server.py").write_text(
+        "import runpy, sys, pathlib\n"
+        "words = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "assert (pathlib.Path(words['--model']) / 'config.json').is_file(), words\n"
+        "sys.argv = ['echo', words['--port']]\n"
+        "runpy.run_path(str(pathlib.Path(__file__).with_name('echo_server.py')), run_name='__main__')\n"
+    )
+    (context / "Dockerfile").write_text("FROM moeprune\nENV PYTHONPATH=/stand-in\nCOPY . /stand-in\n")
+    built = checkout.call("docker", "build", "-t", "localhost/vllm-stand-in", str(context))
+    assert built.returncode == 0, built.stderr
+    settings = {"REAP_SERVE_IMAGE": "localhost/vllm-stand-in", "REAP_SERVE_TIMEOUT": "60", "REAP_SERVE_PORT": "8127"}
+    words = ("--pruned-output-path", "output/demo/pruned")
+    try:
+        done = checkout.run("--docker", "serve", "pruned", *words, **settings)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.strip() == "http://127.0.0.1:8127/v1"
+        with urllib.request.urlopen("http://127.0.0.1:8127/v1/models", timeout=5) as response:
+            assert response.status == 200
+    finally:
+        stopped = checkout.run("stop")
+    assert "stopped pruned" in stopped.stderr
+    left = checkout.call("docker", "compose", "--profile", "serve", "ps", "--all", "--quiet").stdout
+    assert left == ""
