@@ -1,0 +1,73 @@
+"""Layouts and number formats of the hub, cut for real: every expert that stays has exactly the bytes that it had.
+
+The oracle reads both folders with the safetensors library's own layout rules spelled out here: each tensor is an array
+of bytes whose axes are those of the header, and an expert is what its number in a name, or its row, says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.checkpoint import test_families as hub
+from tests.pruning import cutting
+
+KEPT = 4
+NUMBER = re.compile(r"((?<!chunk_)experts\.(?:local_experts\.)?|projs\.)(\d+)")
+CHUNK = re.compile(r"(chunk_experts\.)(\d+)")
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor as bytes: the axes of the header, and one more for the bytes of an element."""
+    arrays = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8 : 8 + size]).items():
+            if name != "__metadata__":
+                start, end = (8 + size + offset for offset in entry["data_offsets"])
+                arrays[name] = np.frombuffer(data[start:end], np.uint8).reshape(*entry["shape"], -1)
+    return arrays
+
+
+def expected(parent: dict[str, np.ndarray], case: hub.Case, keep: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    result = dict(parent)
+    for block, found in case.blocks.items():
+        for pattern, what in found.items():
+            names = [name for name in parent if NUMBER.sub(r"\1N", CHUNK.sub(r"\1N", name)) == f"{block}.{pattern}"]
+            for name in names:
+                array = result.pop(name)
+                if what.startswith("expert"):
+                    shared = what == "expert of 2"
+                    regex = CHUNK if shared else NUMBER
+                    old = int(regex.search(name)[2]) * (2 if shared else 1)
+                    if old in keep[block]:
+                        new = keep[block].index(old) // (2 if shared else 1)
+                        result[regex.sub(rf"\g<1>{new}", name)] = array
+                elif what == "ids":
+                    result[name] = array
+                else:
+                    rows = int(what.split(" x ")[1]) if " x " in what else 1
+                    tail = list(range(rows * hub.E, len(array)))
+                    result[name] = array[[e * rows + i for e in keep[block] for i in range(rows)] + tail]
+    return result
+
+
+@pytest.mark.parametrize("name", hub.CASES)
+def test_every_byte_of_what_stays(tmp_path, name):
+    case = hub.CASES[name]
+    parent = hub.write(tmp_path / "parent", case).folder
+    keep = cutting.keep_lists(parent, KEPT)
+    child = cutting.cut(parent, keep)
+    before, after = stored(parent), stored(child)
+    wanted = expected(before, case, keep)
+    assert set(after) == set(wanted)
+    for tensor, array in wanted.items():
+        if not tensor.endswith("tid2eid"):
+            assert np.array_equal(after[tensor], array), tensor
+    config = json.loads((child / "config.json").read_text())
+    assert json.dumps(config).count(f": {hub.E}") < json.dumps(case.config).count(f": {hub.E}")
