@@ -140,6 +140,10 @@ class Settings:
         "thinking switch of the chat template: auto (its default) | on | off",
     )
     system_prompt: str = setting("", str, "reap", "system prompt for calibration chats that bring none")
+    image_pixels: int = setting(
+        1_000_000, positive, "reap", "larger calibration images are scaled down to this many pixels"
+    )
+    bad_images: int = setting(0, int, "reap", "calibration images that may be missing or damaged before the run ends")
     max_samples: int = setting(512, positive, "reap", "calibration samples to use at most")
     max_seq_len: int = setting(2048, positive, "reap preview test", "tokens in a sequence at most")
     batch_size: int = setting(8, positive, "reap preview test", "sequences that run together")

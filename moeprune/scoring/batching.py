@@ -5,23 +5,17 @@ Legend of the array suffixes: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-SLICES = 4  # parts of each domain's samples, to see how stable the scores are
+from moeprune.scoring.documents import IMAGE, SLICES, Document
+
+__all__ = ["NOT_COUNTED", "SLICES", "Batch", "can_pack", "fill_rows", "packed", "unpacked"]
+
 NOT_COUNTED = -1  # the domain of padding
-
-
-@dataclass(frozen=True)
-class Document:
-    """The tokens of one sample."""
-
-    ids: list[int]
-    domain: int
-    slice: int
 
 
 @dataclass(frozen=True)
@@ -33,13 +27,59 @@ class Batch:
     slice_BT: torch.Tensor  # int8
 
 
-def unpacked(documents: Sequence[Document], batch_size: int, pad: int) -> list[Batch]:
+def unpacked(documents: Sequence[Document], domains: Sequence[str], batch_size: int, pad: int) -> list[Batch]:
     """One document a row, rows of like length together, padded on the right: no document sees another.
 
     The longest come first, so that memory that is too small shows at once and not after hours.
     """
     order = sorted(documents, key=lambda document: -len(document.ids))
-    return [_padded(order[start : start + batch_size], pad) for start in range(0, len(order), batch_size)]
+    return [_padded(rows, domains, pad) for rows in _groups(order, batch_size)]
+
+
+def _groups(documents: Sequence[Document], batch_size: int) -> Iterator[list[Document]]:
+    """Runs of at most `batch_size` documents whose images can be stacked."""
+    rows: list[Document] = []
+    shapes: dict[str, torch.Size] = {}
+    for document in documents:
+        own = {name: value.shape[1:] for name, value in document.stacked.items()}
+        if rows and (len(rows) == batch_size or any(shapes.get(name, shape) != shape for name, shape in own.items())):
+            yield rows
+            rows, shapes = [], {}
+        rows.append(document)
+        shapes |= own
+    if rows:
+        yield rows
+
+
+def _padded(rows: Sequence[Document], domains: Sequence[str], pad: int) -> Batch:
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    ids_BT = torch.full(shape, pad, dtype=torch.int64)
+    mask_BT = torch.zeros(shape, dtype=torch.int64)
+    domain_BT, slice_BT = _empty(shape)
+    aligned: dict[str, torch.Tensor] = {}
+    for b, row in enumerate(rows):
+        length = len(row.ids)
+        ids_BT[b, :length] = torch.tensor(row.ids, dtype=torch.int64)
+        mask_BT[b, :length] = 1
+        domain_BT[b, :length] = _domain_of_tokens(row, domains)
+        slice_BT[b, :length] = row.slice
+        for name, value in row.aligned.items():
+            aligned.setdefault(name, torch.zeros(shape, dtype=value.dtype))[b, :length] = value
+    names = sorted({name for row in rows for name in row.stacked})
+    stacked = {name: torch.cat([row.stacked[name] for row in rows if name in row.stacked]) for name in names}
+    return Batch({"input_ids": ids_BT, "attention_mask": mask_BT, **aligned, **stacked}, domain_BT, slice_BT)
+
+
+def _empty(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full(shape, NOT_COUNTED, dtype=torch.int16), torch.zeros(shape, dtype=torch.int8)
+
+
+def _domain_of_tokens(document: Document, domains: Sequence[str]) -> torch.Tensor:
+    domain_T = torch.full((len(document.ids),), domains.index(document.domain), dtype=torch.int16)
+    if document.seen:
+        seen_T = torch.isin(torch.tensor(document.ids), torch.tensor(sorted(document.image_tokens)))
+        domain_T[seen_T] = domains.index(document.domain + IMAGE)
+    return domain_T
 
 
 OPEN_ROWS = 64  # rows that packing keeps open: enough to fill them well, few enough to stay fast
@@ -62,27 +102,30 @@ def fill_rows(documents: Sequence[Document], length: int) -> list[list[Document]
     return rows
 
 
-def packed(rows: Sequence[Sequence[Document]], length: int, batch_size: int, pad: int) -> list[Batch]:
-    """Several documents a row.
+def packed(
+    rows: Sequence[Sequence[Document]], domains: Sequence[str], length: int, batch_size: int, pad: int
+) -> list[Batch]:
+    """Several documents a row, as `fill_rows` arranges them.
 
     Positions restart with every document and there is no attention mask: that is how transformers' mask functions
     recognise packed documents and keep them from seeing each other. It holds only without a KV cache: use_cache=False.
     """
-    return [_packed(rows[start : start + batch_size], length, pad) for start in range(0, len(rows), batch_size)]
+    return [
+        _packed(rows[start : start + batch_size], domains, length, pad) for start in range(0, len(rows), batch_size)
+    ]
 
 
-def _packed(rows: Sequence[Sequence[Document]], length: int, pad: int) -> Batch:
+def _packed(rows: Sequence[Sequence[Document]], domains: Sequence[str], length: int, pad: int) -> Batch:
     shape = (len(rows), length)
     ids_BT = torch.full(shape, pad, dtype=torch.int64)
     position_BT = torch.arange(length).repeat(len(rows), 1)
-    domain_BT = torch.full(shape, NOT_COUNTED, dtype=torch.int16)
-    slice_BT = torch.zeros(shape, dtype=torch.int8)
+    domain_BT, slice_BT = _empty(shape)
     for b, row in enumerate(rows):
         start = 0
         for document in row:
             end = start + len(document.ids)
             ids_BT[b, start:end] = torch.tensor(document.ids, dtype=torch.int64)
-            domain_BT[b, start:end] = document.domain
+            domain_BT[b, start:end] = domains.index(document.domain)
             slice_BT[b, start:end] = document.slice
             start = end
             position_BT[b, start:] = torch.arange(length - start)  # the next document, or the padding, starts anew
@@ -104,18 +147,3 @@ PACKS = {
 def can_pack(config: Any) -> bool:
     """Whether packed documents are known not to see each other in this model."""
     return getattr(config, "model_type", "") in PACKS and not getattr(config, "auto_map", None)
-
-
-def _padded(rows: Sequence[Document], pad: int) -> Batch:
-    shape = (len(rows), max(len(row.ids) for row in rows))
-    ids_BT = torch.full(shape, pad, dtype=torch.int64)
-    mask_BT = torch.zeros(shape, dtype=torch.int64)
-    domain_BT = torch.full(shape, NOT_COUNTED, dtype=torch.int16)
-    slice_BT = torch.zeros(shape, dtype=torch.int8)
-    for b, row in enumerate(rows):
-        length = len(row.ids)
-        ids_BT[b, :length] = torch.tensor(row.ids, dtype=torch.int64)
-        mask_BT[b, :length] = 1
-        domain_BT[b, :length] = row.domain
-        slice_BT[b, :length] = row.slice
-    return Batch({"input_ids": ids_BT, "attention_mask": mask_BT}, domain_BT, slice_BT)

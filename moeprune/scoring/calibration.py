@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moeprune import console
-from moeprune.errors import InputError, UsageError
-from moeprune.scoring.batching import SLICES, Batch, Document, can_pack, fill_rows, packed, unpacked
+from moeprune.errors import UsageError
+from moeprune.scoring.batching import Batch, can_pack, fill_rows, packed, unpacked
+from moeprune.scoring.documents import Document, Encoder, check_vocabulary, domains_of, fingerprint, per_domain
+from moeprune.scoring.images import Reader
 from moeprune.scoring.presets import Plan, plan_for
 from moeprune.scoring.samples import Sample, parse_columns
 from moeprune.scoring.selection import announce, choose, shares
 from moeprune.scoring.sources import Source, describe, parse_sources
-from moeprune.scoring.templates import Refused, Rules, encode, render
+from moeprune.scoring.templates import Rules
 from moeprune.settings import Settings
 
 CHARACTERS_PER_TOKEN = 32  # far above what any tokenizer joins on average; bounds the text kept of a document
@@ -38,25 +38,31 @@ class Calibration:
 
 
 def load_calibration(settings: Settings, tokenizer: Any, config: Any) -> Calibration:
-    """Read, choose, render, tokenise and batch the calibration samples."""
+    """Read, choose, render, tokenise and batch the calibration samples.
+
+    `tokenizer` may be the model's processor; for samples with images it is otherwise loaded from the same folder.
+    """
     plan = _packing_checked(plan_for(settings), settings, config)
     sources = parse_sources(plan.spec, settings.seed, settings.hf_token)
     if not plan.spec:
         console.say(BUILTIN_NOTE)
-    skipped: Counter[str] = Counter()
-    samples = _chosen(sources, plan, settings, skipped)
     rules = Rules(plan.max_seq_len, settings.thinking, settings.system_prompt)
-    domains, documents, cut = _tokenised(samples, tokenizer, rules, skipped)
-    _check_vocabulary(documents, config)
+    encoder = Encoder(
+        tokenizer, config, rules, Reader(settings.image_pixels, settings.bad_images), settings.trust_remote_code
+    )
+    documents = encoder.documents(_chosen(sources, plan, settings, encoder.skipped))
+    check_vocabulary(documents, config)
     pad = _padding(tokenizer)
     if plan.packing:
         rows = fill_rows(documents, plan.max_seq_len)[: plan.max_samples]
-        skipped["not needed to fill the sequences"] = len(documents) - sum(map(len, rows))
+        encoder.skipped["not needed to fill the sequences"] = len(documents) - sum(map(len, rows))
         documents = [document for row in rows for document in row]
-        batches = packed(rows, plan.max_seq_len, settings.batch_size, pad)
+        domains = domains_of(documents)
+        batches = packed(rows, domains, plan.max_seq_len, settings.batch_size, pad)
     else:
-        batches = unpacked(documents, settings.batch_size, pad)
-    summary = _summary(settings, plan, sources, domains, documents, skipped) | {"cut_to_max_seq_len": cut}
+        domains = domains_of(documents)
+        batches = unpacked(documents, domains, settings.batch_size, pad)
+    summary = _summary(settings, plan, sources, documents, encoder)
     _report(summary)
     return Calibration(batches, domains, summary["fingerprint"], summary)
 
@@ -86,12 +92,7 @@ def _chosen(sources: Sequence[Source], plan: Plan, settings: Settings, skipped: 
 
 
 def _summary(
-    settings: Settings,
-    plan: Plan,
-    sources: Sequence[Source],
-    domains: Sequence[str],
-    documents: Sequence[Document],
-    skipped: Mapping[str, int],
+    settings: Settings, plan: Plan, sources: Sequence[Source], documents: Sequence[Document], encoder: Encoder
 ) -> dict[str, Any]:
     return {
         "source": settings.calibration_path or "built-in",
@@ -102,73 +103,19 @@ def _summary(
         "packing": plan.packing,
         "samples": len(documents),
         "tokens": sum(len(document.ids) for document in documents),
-        "domains": _per_domain(domains, documents),
-        "skipped": {reason: count for reason, count in sorted(skipped.items()) if count},
-        "fingerprint": _fingerprint(domains, documents),
+        "domains": per_domain(documents),
+        "skipped": {reason: count for reason, count in sorted(encoder.skipped.items()) if count},
+        "bad_images": encoder.reader.bad,
+        "cut_to_max_seq_len": encoder.cut,
+        "fingerprint": fingerprint(documents),
     }
-
-
-def _tokenised(
-    samples: Sequence[Sample], tokenizer: Any, rules: Rules, skipped: Counter[str]
-) -> tuple[tuple[str, ...], list[Document], int]:
-    """Documents in the order of the samples; the samples of a domain go round its slices."""
-    domains = tuple(sorted({sample.domain for sample in samples}))
-    turn: Counter[str] = Counter()
-    documents: list[Document] = []
-    cut = 0
-    refusal = ""
-    for sample in samples:
-        try:
-            ids = encode(*render(sample, tokenizer, rules), tokenizer)
-        except Refused as error:
-            refusal = f"{sample.origin}: {error}"
-            skipped["refused by the chat template"] += 1
-            continue
-        if len(ids) < 2:
-            skipped["shorter than 2 tokens"] += 1
-            continue
-        cut += len(ids) > rules.max_seq_len
-        slice_ = turn[sample.domain] % SLICES
-        turn[sample.domain] += 1
-        documents.append(Document(ids[: rules.max_seq_len], domains.index(sample.domain), slice_))
-    if refusal:
-        console.warn(f"the chat template refused {skipped['refused by the chat template']} samples, such as {refusal}")
-    if not documents:
-        raise InputError(f"none of {len(samples)} calibration samples can be used: {dict(skipped)}")
-    return domains, documents, cut
-
-
-def _check_vocabulary(documents: Sequence[Document], config: Any) -> None:
-    """A tokenizer of another model would index past the embedding, which on a GPU ends in an unreadable error."""
-    size = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
-    largest = max(max(document.ids) for document in documents)
-    if size is not None and largest >= size:
-        raise InputError(
-            f"the tokenizer makes token {largest}, the model knows {size}: the tokenizer is another model's"
-        )
 
 
 def _padding(tokenizer: Any) -> int:
     """Any real token will do: padding is masked and not counted."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None), 0)
-
-
-def _fingerprint(domains: Sequence[str], documents: Sequence[Document]) -> str:
-    total = hashlib.sha256("\0".join(domains).encode())
-    for document in documents:
-        total.update(
-            struct.pack(f"<{len(document.ids) + 3}q", len(document.ids), document.domain, document.slice, *document.ids)
-        )
-    return total.hexdigest()
-
-
-def _per_domain(domains: Sequence[str], documents: Sequence[Document]) -> dict[str, dict[str, int]]:
-    counted = {name: {"samples": 0, "tokens": 0} for name in domains}
-    for document in documents:
-        counted[domains[document.domain]]["samples"] += 1
-        counted[domains[document.domain]]["tokens"] += len(document.ids)
-    return counted
 
 
 def _report(summary: Mapping[str, Any]) -> None:

@@ -72,7 +72,17 @@ def _samples(part: Part, named: Mapping[str, str], choice: Choice) -> Iterator[S
             keys = frozenset(row)
             columns = find_columns(row, {} if part.mapped else named, place)
             choice.columns.setdefault(part.name, {}).update(columns)
-        yield make_sample(row, columns, part.domain, place)
+        sample = make_sample(row, columns, part.domain, place)
+        yield _located(sample, part) if sample and sample.images else sample
+
+
+def _located(sample: Sample, part: Part) -> Sample:
+    """Image paths are relative to the file that names them."""
+    if part.path is None:
+        return sample
+    folder = part.path.parent
+    located = (image if isinstance(image, bytes) or "://" in image else str(folder / image) for image in sample.images)
+    return replace(sample, images=tuple(located))
 
 
 def _rank(seed: int, name: str, index: int) -> int:

@@ -33,34 +33,38 @@ class Refused(Exception):
     """The chat template does not take this conversation."""
 
 
-def template_settings(tokenizer: Any, tools: list[Any] | None, thinking: str) -> dict[str, Any]:
+def template_settings(template: Any, tokenizer: Any, tools: list[Any] | None, thinking: str) -> dict[str, Any]:
     """What the template is given besides the messages; where it asks for the time, a copy with a fixed date."""
     chosen: dict[str, Any] = {} if thinking == "auto" else dict.fromkeys(THINKING_NAMES, thinking == "on")
-    template = tokenizer.chat_template
     if isinstance(template, dict):  # several templates, one of them for tools
         template = tokenizer.get_chat_template(tools=tools)
     dated = CLOCK.sub(lambda call: repr(TODAY.strftime(call[2])), template)
-    return chosen if dated == template else {**chosen, "chat_template": dated}
+    return chosen if dated == tokenizer.chat_template else {**chosen, "chat_template": dated}
 
 
-def render(sample: Sample, tokenizer: Any, rules: Rules) -> tuple[str, bool]:
-    """The text of a sample, and whether the tokenizer may still add its special tokens to it."""
+def render(sample: Sample, tokenizer: Any, rules: Rules, template: Any = None) -> tuple[str, bool]:
+    """The text of a sample, and whether the tokenizer may still add its special tokens to it.
+
+    The template is the tokenizer's own, unless a processor brings another.
+    """
     if sample.messages is None:
         return sample.text or "", True
     messages = list(sample.messages)
     if rules.system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": rules.system_prompt})
-    if not tokenizer.chat_template:
+    template = template or tokenizer.chat_template
+    if not template:
         return joined_plainly(messages, sample.as_prompt), True
     tools = None if sample.tools is None else json.loads(sample.tools)
-    extra = template_settings(tokenizer, tools, rules.thinking)
-    for attempt in (messages, _with_text_arguments(messages), _without_system(messages)):
+    extra = template_settings(template, tokenizer, tools, rules.thinking)
+    reason = ""
+    for change in (list, _with_text_arguments, _without_system, _with_parts):
         try:
             made = tokenizer.apply_chat_template(
-                attempt, tools=tools, tokenize=False, add_generation_prompt=False, **extra
+                change(messages), tools=tools, tokenize=False, add_generation_prompt=False, **extra
             )
         except (TemplateError, TypeError) as error:
-            reason = str(error)
+            reason = reason or str(error)
         else:
             return str(made), False
     raise Refused(reason)
@@ -88,6 +92,15 @@ def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
         return list(map(dict, messages))
     first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
     return [first, *map(dict, messages[2:])]
+
+
+def _with_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Some templates of vision models read every content as a list of parts."""
+
+    def parts(content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    return [{**message, "content": parts(message["content"])} for message in messages]
 
 
 def joined_plainly(messages: Sequence[Mapping[str, Any]], as_prompt: bool) -> str:
