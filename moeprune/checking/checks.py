@@ -47,14 +47,14 @@ def _structure(report: Mapping[str, Any], _settings: Settings) -> list[Check]:
 def _fidelity(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     """KL, loss and top token against the thresholds."""
     if not report.get("fidelity"):
-        return [Check(name, NOT_TESTED, _missing(report)) for name in ("kl", "loss", "same top token")]
+        return [Check(name, NOT_TESTED, _missing(report)) for name in ("KL", "loss", "same top token")]
     row = report["fidelity"]["overall"]
     low, high = row["kl_interval"]
     kl = f"mean KL divergence to the parent {row['kl']:.3f} ({low:.3f} to {high:.3f}), median {row['kl_median']:.3f}"
-    loss = f"loss {row['parent_loss']:.3f} -> {row['loss']:.3f} nats per token"
+    loss = f"{row['parent_loss']:.3f} -> {row['loss']:.3f} nats per token"
     top = f"the parent's most likely token stays so for {row['same_top']:.1%} of the tokens"
     return [
-        _limit("kl", kl, row["kl"] > settings.max_kl, f"limit {settings.max_kl:g}", row["kl"] > NOTICEABLE_KL),
+        _limit("KL", kl, row["kl"] > settings.max_kl, f"limit {settings.max_kl:g}", row["kl"] > NOTICEABLE_KL),
         _limit("loss", loss, row["loss_increase"] > settings.max_loss_increase,
                f"limit +{settings.max_loss_increase:g}", row["loss_increase"] > NOTICEABLE_KL),
         _limit("same top token", top, row["same_top"] < settings.min_same_top,
