@@ -20,6 +20,7 @@ COUNT_KEYS = re.compile(
 )
 QUANT_KEYS = re.compile(r"(quantization_config|quantization|compression_config)")
 NUMBERED = {"experts", "local_experts", "gate_up_projs", "down_projs", "chunk_experts"}  # a number follows these
+TOWER = re.compile(r"vision|audio|talker|code2wav|speech")
 NUMBER = re.compile(r"(expert_)?(\d+)")
 
 
@@ -154,10 +155,11 @@ def counts_in(config: Any) -> Iterator[int]:
 
 
 def items(config: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
+    """Every key with its value, at any depth; towers for images and sound have experts of their own."""
     for key, value in config.items() if isinstance(config, dict) else ():
-        yield key, value
-        yield from items(value)
+        if not TOWER.search(key):
+            yield key, value
+            yield from items(value)
 
 
 def differences(

@@ -3,7 +3,7 @@
 copy    the tensor stays as it is
 rename  it belongs to one expert that stays and gets that expert's new number
 slice   experts lie along one axis; the rows of those that stay are taken, in order
-remap   it holds expert numbers; they are replaced by the new ones
+remap   it holds expert numbers, or a shape that counts them; it is written anew
 drop    it belongs to an expert, or to a block, that goes
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moeprune.checkpoint import families, writer
+from moeprune.checkpoint import bnb, families, writer
 from moeprune.checkpoint.families import Block, Layout, Part
 from moeprune.checkpoint.folder import Checkpoint, Tensor
 from moeprune.errors import InputError, UsageError
@@ -41,12 +41,15 @@ class Action:
     outer: int = 1  # slice: the runs are taken this many times, where experts do not lie along the slowest axis
     keep: tuple[int, ...] = ()  # remap: the experts that stay
     experts: int = 0  # remap: how many there were
+    made: bnb.Made | None = None  # remap: the whole new tensor, where its type changes too
 
     @property
     def nbytes(self) -> int:
         """What the tensor takes in the result."""
         if self.kind == "drop":
             return 0
+        if self.made is not None:
+            return len(self.made.content)
         if self.kind == "slice":
             return self.outer * self.row_bytes * sum(end - start for start, end in self.runs)
         return self.tensor.nbytes
@@ -62,7 +65,7 @@ def actions(checkpoint: Checkpoint, layout: Layout, keep: Keep, gone: Iterable[s
             done.append(Action("drop", tensor, "", ()))
         elif name in owners:
             block, part = owners[name]
-            done.append(_of_part(tensor, block, part, keep))
+            done.append(_of_part(checkpoint, tensor, block, part, keep))
         else:
             done.append(Action("copy", tensor, name, tensor.shape))
     _check(done, owners, removed)
@@ -81,13 +84,16 @@ def _owners(layout: Layout) -> dict[str, tuple[Block, Part]]:
     return owners
 
 
-def _of_part(tensor: Tensor, block: Block, part: Part, all_lists: Keep) -> Action:
+def _of_part(checkpoint: Checkpoint, tensor: Tensor, block: Block, part: Part, all_lists: Keep) -> Action:
     keep = all_lists[block.name]
     if part.kind in ("expert", "tail"):
         name = families.new_name(part, block.experts, keep)
         if name is None:
             return Action("drop", tensor, "", ())
         return Action("copy" if name == tensor.name else "rename", tensor, name, tensor.shape)
+    if part.kind == "made":
+        made = bnb.made(tensor.name, checkpoint.read_bytes, block.experts, keep)
+        return Action("remap", tensor, tensor.name, made.shape, made=made) if made else Action("drop", tensor, "", ())
     if part.kind == "ids":
         return Action("remap", tensor, tensor.name, tensor.shape, keep=keep, experts=block.experts)
     return _slice(tensor, block, part, [all_lists[name] for name in part.blocks] or [keep])
@@ -233,7 +239,11 @@ def _by_metadata(metadata: ShardMetadata, shards: Iterable[Path]) -> list[tuple[
 
 def _entry(action: Action) -> writer.Entry:
     tensor = action.tensor
-    plain = (action.name, tensor.dtype, action.shape, action.nbytes, tensor.file)
+    dtype = action.made.dtype if action.made else tensor.dtype
+    plain = (action.name, dtype, action.shape, action.nbytes, tensor.file)
+    if action.made is not None:
+        content = action.made.content
+        return writer.Entry(*plain, make=lambda: [content])
     if action.kind == "remap":
         return writer.Entry(*plain, make=lambda: remapped(action))
     if action.kind != "slice":

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import prune_model
@@ -15,7 +16,7 @@ from moeprune.checkpoint import families, folder
 ROOT = Path(__file__).parent.parent.parent
 
 
-def keep_lists(parent: Path, count: int, seed: int = 0) -> dict[str, list[int]]:
+def keep_lists(parent: Path, count: int, *, seed: int = 0, always: Sequence[int] = ()) -> dict[str, list[int]]:
     """Random keep-lists that the model's groups and runs allow, another one for each block."""
     layout = families.understand(folder.open_checkpoint(parent))
     chance = random.Random(seed)
@@ -23,7 +24,9 @@ def keep_lists(parent: Path, count: int, seed: int = 0) -> dict[str, list[int]]:
     for block in layout.blocks:
         size = block.experts // layout.groups
         runs = [range(g * size, (g + 1) * size, layout.run) for g in range(layout.groups)]
-        firsts = [e for group in runs for e in chance.sample(group, count // layout.groups // layout.run)]
+        share = count // layout.groups // layout.run - len(always)
+        free = [[first for first in group if first not in always] for group in runs]
+        firsts = [*always, *(first for group in free for first in chance.sample(group, share))]
         keep[block.name] = sorted(e + i for e in firsts for i in range(layout.run))
     return keep
 
