@@ -38,7 +38,10 @@ ROUTER = re.compile(
 ROUTER_ELSEWHERE = re.compile(r"moe\.router\.")  # relative to the layer, where it is not in the experts' module
 NO_ROUTER = re.compile(r"router\.(scale|global_scale)$")
 SHARED = re.compile(r"shared|share_expert|shexp")
-PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_zero_point|absmax)$")
+PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_zero_point)$")
+FOUR_BIT = re.compile(  # what bitsandbytes keeps beside a flat matrix [n, 1]
+    r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(nf4|fp4))$"
+)
 BLOCK_SCALE = re.compile(r"\.weight_scale(_inv)?$")
 ATTENTION = re.compile(r"attn|attention")
 
@@ -48,7 +51,9 @@ class Part:
     """How one tensor hangs on the experts of its block."""
 
     tensor: str
-    kind: str  # expert: of one expert | tail: of one that always stays | rows: along `axis` | ids: holds expert numbers
+    # expert: of one expert | tail: of one that always stays | rows: along `axis` | ids: holds expert numbers
+    # made: beside a router of bitsandbytes, has to be computed (bnb.py)
+    kind: str
     expert: int = -1  # kind expert, tail: the expert's number within the block
     axis: int = 0  # kind rows
     rows_per_expert: int = 1  # kind rows: flat layouts [E*F, H]
@@ -215,6 +220,10 @@ def _router_part(tensor: Tensor, experts: int, hints: Hints) -> Part | None:
     """A tensor of the router, with one row (or column) per expert, or none of the experts' business."""
     if tensor.name.endswith("tid2eid"):
         return Part(tensor.name, "ids", router=True)
+    if FOUR_BIT.search(tensor.name):
+        return None if tensor.name.endswith(".quant_map") else Part(tensor.name, "made", router=True)
+    if tensor.dtype == "U8" and tensor.shape[1:] == (1,) and tensor.shape[0] % experts == 0:
+        return Part(tensor.name, "rows", rows_per_expert=tensor.shape[0] // experts, router=True)
     axis = 1 if hints.two_kinds or tensor.shape[:1] == (1,) else 0
     size = tensor.shape[axis] if axis < len(tensor.shape) else 0
     if math.prod(tensor.shape) > 1 and size in (experts, experts + hints.tail):
