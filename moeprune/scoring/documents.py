@@ -148,7 +148,9 @@ def fingerprint(documents: Sequence[Document]) -> str:
         head = f"{document.domain}\0{document.slice}\0{len(document.ids)}\0".encode()
         total.update(head + struct.pack(f"<{len(document.ids)}q", *document.ids))
         for name, value in sorted(document.stacked.items()):
-            total.update(f"{name}{tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+            total.update(
+                f"{name}{tuple(value.shape)}".encode() + value.contiguous().view(torch.uint8).numpy().tobytes()
+            )
     return total.hexdigest()
 
 

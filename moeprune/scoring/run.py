@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -18,6 +16,7 @@ from moeprune.metadata import Sums
 from moeprune.scoring.adapters import attached, find_sites
 from moeprune.scoring.batching import Batch
 from moeprune.scoring.calibration import Calibration
+from moeprune.scoring.memory import peak
 from moeprune.scoring.observer import Observer
 from moeprune.scoring.resume import SavedState
 from moeprune.scoring.streaming import Forward, LayerStream
@@ -65,6 +64,7 @@ def forward(batch: Batch) -> Forward[None]:
 
     def run(model: PreTrainedModel) -> None:
         inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+        inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         model(**inputs, use_cache=False)
 
     return run
@@ -90,11 +90,5 @@ class LayerProgress:
     def layer_ends(self, _layer: str) -> None:
         """One more layer."""
         seconds = max(time.monotonic() - self.begun, 1e-9)
-        self.bar.step(f"{self.tokens / seconds:,.0f} tokens/s, {console.size(memory_peak(self.device))} at most")
+        self.bar.step(f"{self.tokens / seconds:,.0f} tokens/s, {console.size(peak(self.device))} at most")
 
-
-def memory_peak(device: torch.device) -> int:
-    """The most memory that this process has taken, on the device that computes."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
