@@ -50,6 +50,8 @@ TAILS: dict[str, str | int] = {
 }
 # Routers that the config says nothing about, or that ignore what it says.
 FIXED_TOP_K = {"phimoe": 2, "nllb-moe": 2, "switch_transformers": 1, "zaya": 1}
+# Routers that take one expert from each of as many groups as a token has experts, without a key that says so.
+ONE_PER_GROUP = {"pangu_pro_moe", "PanguProMoE"}
 # Two kinds of experts numbered one behind the other, with a router column each.
 TWO_KINDS = {"ernie4_5_vl_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe_text"}
 # Dropping an expert changes the gate values of the others: a softmax over all experts that nobody renormalises.
@@ -110,11 +112,12 @@ def understand(checkpoint: Checkpoint) -> Layout:
             "if the key has another name, add it to COUNT_KEYS in moeprune/checkpoint/families.py"
         )
     scope = governing[0][1]
-    groups = _groups(scope)
+    top_k = FIXED_TOP_K.get(model_type) or _largest(scope, TOP_K_KEYS) or 1
+    groups = top_k if model_type in ONE_PER_GROUP else _groups(scope)
     return Layout(
         model_type=model_type,
         experts=experts,
-        top_k=FIXED_TOP_K.get(model_type) or _largest(scope, TOP_K_KEYS) or 1,
+        top_k=top_k,
         groups=groups,
         top_groups=min(_largest(scope, ("topk_group",)) or groups, groups),
         blocks=tuple(blocks),
@@ -235,10 +238,15 @@ def updated_config(checkpoint: Checkpoint, layout: Layout, kept: int) -> dict[st
 
 
 def mtp_tensors(checkpoint: Checkpoint, layout: Layout) -> frozenset[str]:
-    """Every tensor of the blocks that predict further tokens, dense parts included."""
-    prefixes = tuple(f"{block.name}." for block in layout.blocks if block.role == "mtp")
+    """Every tensor of the layers that predict further tokens, dense parts and dense layers included."""
+    scopes = [scope for _, scope in _scopes(checkpoint.config)]
+    depth = max((_largest(scope, DEPTH_KEYS) for scope in scopes), default=0)
+    further = max((_largest(scope, MTP_KEYS) for scope in scopes), default=0)
+    stacks = {block.name.rpartition(".")[0] for block in layout.blocks if block.role == "trunk"}
+    prefixes = {f"{block.name}." for block in layout.blocks if block.role == "mtp"}
+    prefixes |= {f"{stack}.{depth + i}." for stack in stacks for i in range(further)} if depth else set()
     named = re.compile(r"(^|\.)(mtp|nextn)[^.]*\.")
-    return frozenset(name for name in checkpoint.tensors if name.startswith(prefixes) or named.search(name))
+    return frozenset(n for n in checkpoint.tensors if n.startswith(tuple(prefixes)) or named.search(n))
 
 
 def config_without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,12 +33,12 @@ LOOSE = re.compile(  # stacked experts that lie in the module itself; only three
 )
 FLAT = re.compile(r"\.experts\.mlp\.(w1|v1|w2)(\.weight)?$")  # [E*F, H], as megablocks keeps them
 ROUTER = re.compile(
-    r"(gate|router|primary_router|moe_statics|act_fn)\.|(\w*expert_bias|e_score_correction_bias|router_bias)$"
+    r"(gate|router|primary_router|moe_statics|act_fn)\.|(\w*expert_bias|e_score_correction_bias|router_bias|router_scale)$"
 )
 ROUTER_ELSEWHERE = re.compile(r"moe\.router\.")  # relative to the layer, where it is not in the experts' module
 NO_ROUTER = re.compile(r"router\.(scale|global_scale)$")
 SHARED = re.compile(r"shared|share_expert|shexp")
-PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_zero_point)$")
+PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_zero_point|weight_shape)$")
 FOUR_BIT = re.compile(  # what bitsandbytes keeps beside a flat matrix [n, 1]
     r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(nf4|fp4))$"
 )

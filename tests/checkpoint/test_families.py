@@ -1,4 +1,4 @@
-"""Layouts as they lie on the hub, written by hand: what is found, block by block, and what is refused.
+"""What is found in layouts of the hub, block by block, and what is refused.
 
 Each case says which tensors belong to experts and how; every other tensor must be left alone. What transformers itself
 writes is proven for every configuration by tests/pruning/test_every_family.py.
@@ -7,203 +7,12 @@ writes is proven for every configuration by tests/pruning/test_every_family.py.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 
 import pytest
 
 from moeprune.checkpoint.families import config_without_mtp, mtp_tensors, new_name, understand, updated_config
-from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import InputError
-from tests import handmade
-
-E = 8
-ATTENTION = {"self_attn.q_proj.weight": [16, 16], "self_attn.sinks": [E], "input_layernorm.weight": [16]}
-
-
-@dataclass
-class Case:
-    config: dict
-    tensors: dict  # name -> shape, or (dtype, shape)
-    blocks: dict  # block -> {name without block and expert number: description}
-    role: dict = field(default_factory=dict)  # block -> role, where it is not trunk
-
-
-def layer(name, tensors, per_expert=None, experts=range(E)):
-    """The tensors of one layer; those of `per_expert` once for each expert, {e} standing for its number."""
-    every = {f"{name}.{key}": shape for key, shape in (ATTENTION | tensors).items()}
-    for key, shape in (per_expert or {}).items():
-        every |= {f"{name}.{key.replace('{e}', str(e))}": shape for e in experts}
-    return every
-
-
-GATED = {f"mlp.experts.{{e}}.{p}_proj.weight": [4, 16] for p in ("gate", "up", "down")}
-GATED_FOUND = {f"mlp.experts.N.{p}_proj.weight": "expert" for p in ("gate", "up", "down")}
-STACKED = {"mlp.experts.gate_up_proj": [E, 8, 16], "mlp.experts.down_proj": [E, 16, 4]}
-STACKED_FOUND = dict.fromkeys(STACKED, "rows 0")
-GATE, GATE_FOUND = {"mlp.gate.weight": [E, 16]}, {"mlp.gate.weight": "router 0"}
-SHARED = {"mlp.shared_expert.up_proj.weight": [E, 16], "mlp.shared_expert_gate.weight": [1, 16]}
-W123 = {f"experts.{{e}}.{w}.weight": [4, 16] for w in ("w1", "w2", "w3")}
-FFN = {f"ffn.{name}": shape for name, shape in W123.items()}
-
-CASES = {
-    "gpt-oss mxfp4": Case(
-        {"model_type": "gpt_oss", "num_local_experts": E, "num_experts_per_tok": 2, "num_hidden_layers": 1},
-        layer(
-            "model.layers.0",
-            {f"mlp.experts.{p}_{kind}": shape for p in ("gate_up_proj", "down_proj") for kind, shape in
-             {"blocks": ("U8", [E, 16, 2, 16]), "scales": ("U8", [E, 16, 2]), "bias": [E, 16]}.items()}
-            | {"mlp.router.weight": [E, 16], "mlp.router.bias": [E]},
-        ),
-        {"model.layers.0": {f"mlp.experts.{p}_{kind}": "rows 0" for p in ("gate_up_proj", "down_proj")
-                            for kind in ("blocks", "scales", "bias")}
-         | {"mlp.router.weight": "router 0", "mlp.router.bias": "router 0"}},
-    ),
-    "qwen3.5, stacked trunk with an MTP layer per expert": Case(
-        {"model_type": "qwen3_5_moe", "text_config": {"num_experts": E, "num_hidden_layers": 1}},
-        layer("model.language_model.layers.0", STACKED | GATE | SHARED)
-        | layer("mtp.layers.0", GATE | SHARED, GATED)
-        | {"mtp.fc.weight": [16, 32], "model.visual.blocks.0.mlp.experts.0.up_proj.weight": [4, 4]},
-        {"model.language_model.layers.0": STACKED_FOUND | GATE_FOUND, "mtp.layers.0": GATED_FOUND | GATE_FOUND},
-        {"mtp.layers.0": "mtp"},
-    ),
-    "glm-4.5, MTP as one more layer": Case(
-        {"model_type": "glm4_moe", "n_routed_experts": E, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-        | {"num_nextn_predict_layers": 1, "n_group": 1, "topk_group": 1},
-        {"model.layers.0.mlp.up_proj.weight": [E, 16]}
-        | layer("model.layers.1", GATE | {"mlp.gate.e_score_correction_bias": [E]}, GATED)
-        | layer("model.layers.2", GATE | {"mlp.gate.e_score_correction_bias": [E], "eh_proj.weight": [16, 32]}, GATED),
-        dict.fromkeys(
-            ("model.layers.1", "model.layers.2"),
-            GATED_FOUND | GATE_FOUND | {"mlp.gate.e_score_correction_bias": "router 0"},
-        ),
-        {"model.layers.2": "mtp"},
-    ),
-    "deepseek v4": Case(
-        {"model_type": "deepseek_v4", "n_routed_experts": E, "num_experts_per_tok": 2, "num_hidden_layers": 2},
-        layer("layers.0",
-              {"ffn.gate.weight": [E, 16], "ffn.gate.tid2eid": ("I64", [20, 2]), "attn.wgate.weight": [E, 16]},
-              FFN | {f"ffn.{k[:-7]}.scale": ("F8_E8M0", [4, 1]) for k in W123})
-        | layer("layers.1", {"ffn.gate.weight": [E, 16], "ffn.gate.bias": [E]}, FFN)
-        | layer("mtp.0", {"ffn.gate.weight": [E, 16], "ffn.gate.bias": [E]}, FFN),
-        {
-            "layers.0": {f"ffn.experts.N.{w}.{k}": "expert" for w in ("w1", "w2", "w3") for k in ("weight", "scale")}
-            | {"ffn.gate.weight": "router 0", "ffn.gate.tid2eid": "ids"},
-        } | dict.fromkeys(("layers.1", "mtp.0"), {f"ffn.experts.N.{w}.weight": "expert" for w in ("w1", "w2", "w3")}
-            | {"ffn.gate.weight": "router 0", "ffn.gate.bias": "router 0"}),
-        {"mtp.0": "mtp"},
-    ),
-    "motif 3, with vectors per expert": Case(
-        {"model_type": "motif", "num_experts": E, "experts_top_k": 2, "num_hidden_layers": 1},
-        layer("model.layers.0", {
-            "moe.experts.gate_up_proj": ("U8", [E, 8, 8]), "moe.experts.gate_up_proj_weight_scale": [E, 8, 1],
-            "moe.experts.gate_up_proj_weight_scale_2": [E], "moe.experts.down_proj": ("U8", [E, 16, 2]),
-            "moe.experts.act_fn.weight": [E, 3], "moe.experts.act_fn.bias": [E, 1], "moe.experts.a13_gscale": [E],
-            "moe.router.gate.weight": [E, 16], "moe.expert_bias": [E]}),
-        {"model.layers.0": {f"moe.experts.{name}": "rows 0" for name in (
-            "gate_up_proj", "gate_up_proj_weight_scale", "gate_up_proj_weight_scale_2", "down_proj", "act_fn.weight",
-            "act_fn.bias", "a13_gscale")} | {"moe.router.gate.weight": "router 0", "moe.expert_bias": "router 0"}},
-    ),
-    "grove moe, pairs": Case(
-        {"model_type": "grove_moe", "num_experts": E, "num_experts_per_tok": 2, "num_hidden_layers": 1},
-        layer("model.layers.0", GATE, GATED)
-        | layer("model.layers.0", {}, {"mlp.chunk_experts.{e}.up_proj.weight": [4, 16]}, range(E // 2)),
-        {"model.layers.0": GATED_FOUND | GATE_FOUND | {"mlp.chunk_experts.N.up_proj.weight": "expert of 2"}},
-    ),
-    "smallthinker": Case(
-        {"model_type": "smallthinker", "moe_num_primary_experts": E, "moe_num_active_primary_experts": 2},
-        layer("model.layers.0", {"block_sparse_moe.primary_router.weight": [E, 16]},
-              {"block_sparse_moe.experts.{e}.up.weight": [4, 16]}),
-        {"model.layers.0": {"block_sparse_moe.primary_router.weight": "router 0",
-                            "block_sparse_moe.experts.N.up.weight": "expert"}},
-    ),
-    "ling, bias in the router": Case(
-        {"model_type": "bailing_moe_v2", "num_experts": E, "num_experts_per_tok": 2, "num_hidden_layers": 1},
-        layer("model.layers.0", GATE | {"mlp.gate.expert_bias": [E]}, GATED),
-        {"model.layers.0": GATED_FOUND | GATE_FOUND | {"mlp.gate.expert_bias": "router 0"}},
-    ),
-    "step 3.5, three axes in the module itself": Case(
-        {"model_type": "step3p5", "moe_num_experts": E, "moe_top_k": 2, "num_hidden_layers": 2},
-        {"model.layers.0.mlp.gate_proj.weight": [E, 16]}
-        | layer("model.layers.1", {f"moe.{p}_proj.weight": ("F8_E4M3", [E, 4, 16]) for p in ("gate", "up", "down")}
-                | {f"moe.{p}_proj.weight_scale_inv": [E, 1, 1] for p in ("gate", "up", "down")}
-                | {"moe.gate.weight": [E, 16], "moe.router_bias": [E], "share_expert.up_proj.weight": [E, 16]}),
-        {"model.layers.1": {f"moe.{p}_proj.{k}": "rows 0" for p in ("gate", "up", "down")
-                            for k in ("weight", "weight_scale_inv")}
-         | {"moe.gate.weight": "router 0", "moe.router_bias": "router 0"}},
-    ),
-    "llama 4 in FP8, one input scale for all": Case(
-        {"model_type": "llama4", "text_config": {"num_local_experts": E, "num_experts_per_tok": 1}},
-        layer("language_model.model.layers.0", {
-            "feed_forward.experts.gate_up_proj": ("F8_E4M3", [E, 16, 8]), "feed_forward.router.weight": [E, 16],
-            "feed_forward.experts.gate_up_proj_weight_scale": [E, 1, 8],
-            "feed_forward.experts.gate_up_proj_input_scale": [],
-            "feed_forward.shared_expert.up_proj.weight": [E, 16]}),
-        {"language_model.model.layers.0": {"feed_forward.experts.gate_up_proj": "rows 0",
-         "feed_forward.experts.gate_up_proj_weight_scale": "rows 0", "feed_forward.router.weight": "router 0"}},
-    ),
-    "gemma 4 in NVFP4, no module around": Case(
-        {"model_type": "gemma4", "text_config": {"num_experts": E, "top_k_experts": 2, "hidden_size": 16}},
-        layer("model.language_model.layers.0", {"router.proj.weight": [E, 16], "router.per_expert_scale": [E],
-              "router.scale": [16], "router.global_scale": [1], "mlp.up_proj.weight": [E, 16], "layer_scalar": [1]},
-              {"experts.{e}.up_proj.weight": ("U8", [4, 8]), "experts.{e}.up_proj.weight_scale_2": []}),
-        {"model.language_model.layers.0": {
-         "experts.N.up_proj.weight": "expert", "experts.N.up_proj.weight_scale_2": "expert",
-         "router.proj.weight": "router 0", "router.per_expert_scale": "router 0"}},
-    ),
-    "zaya on the hub": Case(
-        {"model_type": "zaya", "num_experts": E},
-        layer("model.layers.1", {"zaya_block.router.router_mlp.4.weight": [E + 1, 16],
-              "zaya_block.router.balancing_biases": [E + 1], "zaya_block.router.router_mlp.0.weight": [16, 16]},
-              {"zaya_block.experts.local_experts.{e}.linear_fc1.weight": [8, 16]}),
-        {"model.layers.1": {"zaya_block.experts.local_experts.N.linear_fc1.weight": "expert",
-         "zaya_block.router.router_mlp.4.weight": "router 0 + 1",
-         "zaya_block.router.balancing_biases": "router 0 + 1"}},
-    ),
-    "nomic, flat as megablocks keeps it": Case(
-        {"model_type": "nomic_bert", "num_experts": E, "moe_top_k": 2},
-        layer("encoder.layers.1", {"mlp.experts.mlp.w1": [E * 4, 16], "mlp.experts.mlp.w2": [E * 4, 16],
-              "mlp.experts.bias": [16], "mlp.router.layer.weight": [E, 16]}),
-        {"encoder.layers.1": {"mlp.experts.mlp.w1": "rows 0 x 4", "mlp.experts.mlp.w2": "rows 0 x 4",
-                              "mlp.router.layer.weight": "router 0"}},
-    ),
-    "MLX with a quantized router": Case(
-        {"model_type": "qwen3_moe", "num_experts": E, "quantization": {"bits": 4, "group_size": 64}},
-        layer("model.layers.0", {f"mlp.switch_mlp.up_proj.{k}": s for k, s in
-              {"weight": ("U32", [E, 4, 2]), "scales": [E, 4, 1], "biases": [E, 4, 1]}.items()}
-              | {"mlp.gate.weight": ("U32", [E, 4]), "mlp.gate.scales": [E, 1], "mlp.gate.biases": [E, 1]}),
-        {"model.layers.0": {f"mlp.switch_mlp.up_proj.{k}": "rows 0" for k in ("weight", "scales", "biases")}
-         | {f"mlp.gate.{k}": "router 0" for k in ("weight", "scales", "biases")}},
-    ),
-    "gpt-oss in bitsandbytes 4-bit": Case(
-        {"model_type": "gpt_oss", "num_local_experts": E},
-        layer("model.layers.0", {"mlp.router.weight": [E, 16], "mlp.router.bias": [E]},
-              {f"mlp.experts.{p}s.{{e}}.{k}": s for p in ("gate_up_proj", "down_proj") for k, s in
-               {"weight": ("U8", [32, 1]), "weight.absmax": ("U8", [1]), "weight.quant_state.bitsandbytes__nf4":
-                ("U8", [70]), "bias": [4]}.items()}),
-        {"model.layers.0": {f"mlp.experts.{p}s.N.{k}": "expert" for p in ("gate_up_proj", "down_proj") for k in
-         ("weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4", "bias")}
-         | {"mlp.router.weight": "router 0", "mlp.router.bias": "router 0"}},
-    ),
-    "GPTQ and AWQ": Case(
-        {"model_type": "qwen3_moe", "num_experts": E},
-        layer("model.layers.0", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": ("I32", [2, 8]) for k in ("qweight", "qzeros")}
-              | {"mlp.experts.{e}.up_proj.scales": ("F16", [1, 8]), "mlp.experts.{e}.up_proj.g_idx": ("I32", [16])}),
-        {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in ("qweight", "qzeros", "scales", "g_idx")}
-         | GATE_FOUND},
-    ),
-    "a model that is as wide as it has experts": Case(
-        {"model_type": "mixtral", "num_local_experts": E, "hidden_size": E},
-        layer("model.layers.0", {"block_sparse_moe.gate.weight": [E, E], "block_sparse_moe.norm.weight": [E]},
-              {f"block_sparse_moe.{k}": [E, E] for k in W123}),
-        {"model.layers.0": {f"block_sparse_moe.experts.N.{w}.weight": "expert" for w in ("w1", "w2", "w3")}
-         | {"block_sparse_moe.gate.weight": "router 0"}},
-    ),
-}  # fmt: skip
-
-
-def write(folder, case):
-    shapes = {name: value if isinstance(value, tuple) else ("BF16", value) for name, value in case.tensors.items()}
-    return open_checkpoint(handmade.checkpoint(folder, case.config, shapes))
+from tests.checkpoint.hub import CASES, GATE, GATED, STACKED, Case, E, layer, write
 
 
 def described(part):
@@ -274,9 +83,13 @@ def test_every_count_in_the_config_follows_and_nothing_else(tmp_path):
 
 def test_dropping_the_layers_that_predict_further_tokens(tmp_path):
     case = CASES["glm-4.5, MTP as one more layer"]
-    checkpoint = write(tmp_path, case)
-    gone = mtp_tensors(checkpoint, understand(checkpoint))
-    assert gone == {name for name in case.tensors if name.startswith("model.layers.2.")}
+    dense = Case(
+        case.config | {"num_nextn_predict_layers": 2}, case.tensors | {"model.layers.3.mlp.up.weight": [4, 4]}, {}
+    )
+    for model, layers in ((case, ("model.layers.2.",)), (dense, ("model.layers.2.", "model.layers.3."))):
+        checkpoint = write(tmp_path, model)
+        gone = mtp_tensors(checkpoint, understand(checkpoint))
+        assert gone == {name for name in model.tensors if name.startswith(layers)}
     assert config_without_mtp(case.config) == case.config | {"num_nextn_predict_layers": 0}
     case = CASES["qwen3.5, stacked trunk with an MTP layer per expert"]
     checkpoint = write(tmp_path / "b", case)
@@ -323,6 +136,11 @@ REFUSED = {
     "a router with a scale for several experts": (
         MIXTRAL,
         layer("model.layers.0", GATE | {"mlp.gate.weight_scale_inv": [2, E]}, GATED),
+        "packed across experts",
+    ),
+    "a router that keeps its shape beside it": (
+        MIXTRAL,
+        layer("model.layers.0", GATE | {"mlp.gate.weight_shape": ("I64", [2])}, GATED),
         "packed across experts",
     ),
     "a router packed across experts": (

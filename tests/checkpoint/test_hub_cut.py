@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.checkpoint import test_families as hub
+from tests.checkpoint import hub
 from tests.pruning import cutting
 
 KEPT = 4
@@ -52,8 +52,9 @@ def expected(parent: dict[str, np.ndarray], case: hub.Case, keep: dict[str, list
                     result[name] = array
                 else:
                     rows = int(what.split(" x ")[1]) if " x " in what else 1
-                    tail = list(range(rows * hub.E, len(array)))
-                    result[name] = array[[e * rows + i for e in keep[block] for i in range(rows)] + tail]
+                    axis = int(what.split()[1])
+                    tail = list(range(rows * hub.E, array.shape[axis]))
+                    result[name] = array.take([e * rows + i for e in keep[block] for i in range(rows)] + tail, axis)
     return result
 
 
