@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,7 +80,10 @@ def _unpacked(source: str | bytes, name: str) -> Any:
         size = len(source) if isinstance(source, bytes) else file.stat().st_size
         if size > FILE_LIMIT:
             raise BadImage(f"{name}: a file of {console.size(size)}")
-        with Image.open(file) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            opened = Image.open(file)
+        with opened as image:
             if image.width * image.height > BOMB_PIXELS:
                 raise BadImage(f"{name}: claims {image.width} x {image.height} pixels")
             return image.convert("RGB")
