@@ -15,9 +15,8 @@ from moeprune.checkpoint import families, formats, writer
 from moeprune.checkpoint.folder import locate_model, open_checkpoint, warn_of_other_weights
 from moeprune.console import say
 from moeprune.pruning import result
-from moeprune.pruning.choice import choose, without
+from moeprune.pruning.choice import choose, gone_tensors, without
 from moeprune.pruning.result import Result
-from moeprune.pruning.verify import Verification
 from moeprune.settings import resolve
 
 
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> None:
     checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
     layout = families.understand(checkpoint)
     formats.check_cuttable(checkpoint, layout)
-    gone = families.mtp_tensors(checkpoint, layout) if settings.drop_mtp else frozenset()
+    gone = gone_tensors(settings, checkpoint, layout)
     layout = without(layout, gone)
     choice = choose(settings, checkpoint, layout)
     planned = result.plan(settings, checkpoint, layout, choice, gone)
@@ -51,7 +50,7 @@ def cut(planned: Result) -> None:
     started = time.monotonic()
     bar = console.Progress("writing", len(planned.files))
     with writer.beside(planned.target) as folder, helpers() as (pool, syncing, go_on):
-        proof = Verification(planned.checkpoint.folder, folder, planned.choice.keep, planned.gone)
+        proof = result.proof(planned, folder)
 
         def make(file: writer.NewFile) -> str:
             path = writer.write_file(folder, file, go_on)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import metadata
+from moeprune.checkpoint import families, gguf_layout
 from moeprune.checkpoint.families import Block, Layout
 from moeprune.checkpoint.folder import Checkpoint, fingerprint
-from moeprune.errors import InputError
+from moeprune.console import warn
+from moeprune.errors import InputError, UsageError
 from moeprune.planning import decision
 from moeprune.planning.plan import Limits, check_count, make_plan
 from moeprune.pruning.rewrite import Keep, check_groups, check_keep, check_runs
@@ -28,6 +30,18 @@ class Choice:
     source: Path  # the scores, or the plan
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+def gone_tensors(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> frozenset[str]:
+    """The tensors that --drop-mtp removes."""
+    if not settings.drop_mtp:
+        return frozenset()
+    if checkpoint.container == "gguf":
+        raise UsageError("--drop-mtp works on safetensors only; make the GGUF file again from a model cut that way")
+    gone = families.mtp_tensors(checkpoint, layout)
+    if not gone:
+        warn("--drop-mtp: the model has no layers that predict further tokens")
+    return gone
 
 
 def without(layout: Layout, gone: Collection[str]) -> Layout:
@@ -79,6 +93,8 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, blo
     data = metadata.read_result(path, "reap_metadata")
     _check_same_model(settings, checkpoint, data, path)
     sums = metadata.Sums.from_json(data["scores"])
+    if checkpoint.container == "gguf":
+        sums = _by_layer(sums, blocks)
     _check_same_blocks(sums, blocks, path)
     each = sum(bytes_per_expert(checkpoint, block) for block in blocks)
     fixed = sum(checkpoint.tensors[name].nbytes for name in checkpoint.tensors) - each * layout.experts
@@ -97,6 +113,12 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, blo
     wanted = {block.name for block in blocks}
     keep = {name: ids for name, ids in decided.plan.keep.items() if name in wanted}
     return Choice(keep, count.count, path, (*count.notes, *decided.sentences()), count.warnings)
+
+
+def _by_layer(sums: metadata.Sums, blocks: Sequence[Block]) -> metadata.Sums:
+    """The sums of the original under the names that its layers have in a GGUF file."""
+    names = {old: new for new, old in gguf_layout.same_layers(blocks, [b.block for b in sums.blocks]).items()}
+    return replace(sums, blocks=tuple(replace(b, block=names[b.block]) for b in sums.blocks if b.block in names))
 
 
 def _check_same_model(settings: Settings, checkpoint: Checkpoint, data: dict[str, Any], path: Path) -> None:

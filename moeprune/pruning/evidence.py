@@ -20,6 +20,7 @@ COUNT_KEYS = re.compile(
 )
 QUANT_KEYS = re.compile(r"(quantization_config|quantization|compression_config)")
 NUMBERED = {"experts", "local_experts", "gate_up_projs", "down_projs", "chunk_experts"}  # a number follows these
+NUMBERED |= {"ffn_gate", "ffn_up", "ffn_down"}  # and these in GGUF files of 2023
 TOWER = re.compile(r"vision|audio|talker|code2wav|speech")
 NUMBER = re.compile(r"(expert_)?(\d+)")
 

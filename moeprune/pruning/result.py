@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from moeprune.checkpoint.folder import Checkpoint, fingerprint
 from moeprune.checkpoint.renumber import Renumbering
 from moeprune.console import say, size, warn, warnings
 from moeprune.errors import UsageError
-from moeprune.pruning import rewrite
+from moeprune.pruning import gguf_files, rewrite
 from moeprune.pruning.choice import SCORES, Choice
+from moeprune.pruning.verify import Verification
+from moeprune.pruning.verify_gguf import GgufVerification
 from moeprune.settings import Settings
 
 MANIFEST = "pruning.json"  # in the result: what it was made from, and how
@@ -64,9 +66,13 @@ class Result:
 def plan(settings: Settings, checkpoint: Checkpoint, layout: Layout, choice: Choice, gone: frozenset[str]) -> Result:
     """Work out the whole result; nothing is written. Blocks that are `gone` are no longer in the layout."""
     done = rewrite.actions(checkpoint, layout, choice.keep, gone)
-    renumbering = Renumbering(checkpoint, layout, choice.keep)
-    metadata_of = {shard: renumbering.metadata(about) for shard, about in checkpoint.shard_metadata.items()}
-    config = renumbering.config(families.updated_config(checkpoint, layout, choice.count))
+    target = target_of(settings, checkpoint, layout, choice.count)
+    files: Sequence[writer.NewFile]
+    edited: dict[str, dict[str, Any]] = {}
+    if checkpoint.container == "gguf":
+        files = gguf_files.new_files(checkpoint, done, choice.count, target.name)
+    else:
+        files, edited = _safetensors(checkpoint, layout, choice, done, gone)
     model = fingerprint(checkpoint)
     keep = json.dumps({block: choice.keep[block] for block in sorted(choice.keep)})
     return Result(
@@ -76,12 +82,31 @@ def plan(settings: Settings, checkpoint: Checkpoint, layout: Layout, choice: Cho
         choice=choice,
         gone=gone,
         actions=done,
-        files=rewrite.new_files(checkpoint, done, metadata_of),
-        edited=renumbering.side_files() | {"config.json": families.config_without_mtp(config) if gone else config},
-        target=target_of(settings, checkpoint, layout, choice.count),
+        files=tuple(files),
+        edited=edited,
+        target=target,
         model_fingerprint=model,
         fingerprint=metadata.digest(VERSION, model, keep, json.dumps(sorted(gone)), choice.source),
     )
+
+
+def _safetensors(
+    checkpoint: Checkpoint, layout: Layout, choice: Choice, done: tuple[rewrite.Action, ...], gone: frozenset[str]
+) -> tuple[Sequence[writer.NewFile], dict[str, dict[str, Any]]]:
+    """The weight files, and the JSON files whose counts and names of experts have to follow."""
+    renumbering = Renumbering(checkpoint, layout, choice.keep)
+    metadata_of = {shard: renumbering.metadata(about) for shard, about in checkpoint.shard_metadata.items()}
+    config = renumbering.config(families.updated_config(checkpoint, layout, choice.count))
+    config = families.config_without_mtp(config) if gone else config
+    return rewrite.new_files(checkpoint, done, metadata_of), renumbering.side_files() | {"config.json": config}
+
+
+def proof(planned: Result, folder: Path) -> Verification:
+    """The comparison of what is written to `folder` with the parent."""
+    keep = dict(planned.choice.keep)
+    if planned.checkpoint.container == "gguf":
+        return GgufVerification(planned.checkpoint.shards, folder, keep)
+    return Verification(planned.checkpoint.folder, folder, keep, planned.gone)
 
 
 def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: int) -> Path:
@@ -89,14 +114,18 @@ def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: 
     if settings.pruned_output_path:
         return Path(settings.pruned_output_path)
     local = Path(settings.model_path).expanduser().exists()
-    name = checkpoint.folder.name if local else settings.model_path.partition("@")[0].split("/")[-1]
+    own = checkpoint.shards[0].stem if checkpoint.container == "gguf" else checkpoint.folder.name
+    name = own.partition("-00001-of-")[0] if local else settings.model_path.partition("@")[0].split("/")[-1]
     return settings.output_path / f"{name}-reap-{kept}of{layout.experts}"
 
 
 def check_target(planned: Result, force: bool) -> None:
     """Refuse a target that is in use for something else, or a disk that is too small."""
     target, parent = planned.target.resolve(), planned.checkpoint.folder
-    if target == parent or target in parent.parents or parent in target.parents:
+    inside = (
+        parent in target.parents and planned.checkpoint.container == "safetensors"
+    )
+    if inside or target == parent or target in parent.parents:
         raise UsageError(f"{planned.target} is the model itself, or one lies inside the other; choose another folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         ours = (target / MANIFEST).is_file()

@@ -211,7 +211,7 @@ def new_files(checkpoint: Checkpoint, done: Sequence[Action], metadata: ShardMet
     limit = max((sizes[shard] for shard in shards), default=0)
     packs: list[tuple[tuple[writer.Entry, ...], Mapping[str, str]]] = []
     for about, together in _by_metadata(metadata, shards):
-        entries = [_entry(action) for shard in together for action in kept[shard]]
+        entries = [entry(action) for shard in together for action in kept[shard]]
         packs += [(writer.aligned(group), about) for group in writer.packed(entries, limit)]
     names = [f"model-{i:05d}-of-{len(packs):05d}.safetensors" for i in range(1, len(packs) + 1)]
     packed = [
@@ -223,7 +223,7 @@ def new_files(checkpoint: Checkpoint, done: Sequence[Action], metadata: ShardMet
 
 
 def _as_it_was(shard: Path, done: Iterable[Action], metadata: Mapping[str, str]) -> writer.NewFile:
-    entries = writer.aligned(map(_entry, done))
+    entries = writer.aligned(map(entry, done))
     return writer.NewFile(shard.name, writer.header(entries, metadata), entries)
 
 
@@ -237,7 +237,8 @@ def _by_metadata(metadata: ShardMetadata, shards: Iterable[Path]) -> list[tuple[
     return groups
 
 
-def _entry(action: Action) -> writer.Entry:
+def entry(action: Action) -> writer.Entry:
+    """What the writer needs to know of an action's tensor."""
     tensor = action.tensor
     dtype = action.made.dtype if action.made else tensor.dtype
     plain = (action.name, dtype, action.shape, action.nbytes, tensor.file)

@@ -20,7 +20,16 @@ from moeprune.pruning.evidence import Reader, Stored
 
 VISION = ".vision"  # the block of image experts that share a layer with those for text
 MTP_KEYS = re.compile(r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers|num_mtp_modules|mtp_num_layers")
+# Parts of names that say that a tensor has a row for every expert, in safetensors and in GGUF.
 ROUTER_WORDS = {"router", "gate", "expert_bias", "e_score_correction_bias", "router_bias"}
+ROUTER_WORDS |= {
+    "ffn_gate_inp",
+    "exp_probs_b",
+    "ffn_gate_exps",
+    "ffn_up_exps",
+    "ffn_down_exps",
+    "ffn_gate_up_exps",
+}  # GGUF
 OURS = {"pruning.json", "reap_metadata.json", "model.safetensors.index.json"}
 
 
@@ -29,14 +38,19 @@ class Verification:
 
     def __init__(self, parent: Path, child: Path, keep: Mapping[str, tuple[int, ...]], gone: Collection[str]) -> None:
         self.parent, self.child, self.keep, self.gone = parent, child, dict(keep), frozenset(gone)
-        self.config = evidence.load(parent / "config.json")
-        self.before = evidence.all_headers(parent)
+        self.config, self.before = self._read_parent()
         self.count = len(next(iter(keep.values())))
         self.block_of = {name: self._block_of(name) for name in self.before if name not in self.gone}
         self.experts = {block: self._experts_of(block) for block in keep}
         self.kinds = {block: self._kinds_of(block) for block in keep}
         self.four_bit = {name: m for name in self.before if (m := self._quantized_router(name))}
         self.origin = dict(filter(None, map(self._destination, self.block_of)))
+
+    def _read_parent(self) -> tuple[dict[str, Any], dict[str, Stored]]:
+        return evidence.load(self.parent / "config.json"), evidence.all_headers(self.parent)
+
+    def _header(self, path: Path) -> dict[str, Stored]:
+        return evidence.header_of(path, strict=True)
 
     def _block_of(self, name: str) -> str:
         parts = name.split(".")
@@ -89,7 +103,7 @@ class Verification:
     def file(self, path: Path, go_on: Callable[[], None]) -> None:
         """Compare every tensor of one file of the result with the parent's bytes; `go_on` may raise to end it early."""
         with Reader() as reader:
-            for name, after in evidence.header_of(path, strict=True).items():
+            for name, after in self._header(path).items():
                 go_on()
                 if name not in self.origin:
                     raise ResultError(f"{path} holds {name}, which must not be there")
@@ -102,7 +116,7 @@ class Verification:
                 compare(reader, name, before, after, block)
 
     def _same(self, reader: Reader, name: str, before: Stored, after: Stored, block: str) -> None:
-        if name.endswith("tid2eid") and block:
+        if "tid2eid" in name and block:
             _check_table(name, _table(reader, before), _table(reader, after), self.keep[block])
         elif not reader.equal(before, [(0, before.nbytes)], after):
             raise ResultError(f"{name} differs from the parent's; check the disk")
@@ -141,9 +155,7 @@ class Verification:
     def finish(self, left_behind: Collection[Path] = ()) -> None:
         """What no single file shows: nothing missing, all blocks cut alike, index, config and side files right."""
         after = evidence.all_headers(self.child)
-        missing = sorted(self.origin.keys() - after.keys())
-        if missing:
-            raise ResultError(f"{len(missing)} tensor(s) are missing from the result, first {missing[0]}")
+        self._check_present(after)
         self._check_gone()
         with Reader() as reader:
             for matrix in dict.fromkeys(self.four_bit.values()):
@@ -154,6 +166,11 @@ class Verification:
         for problem in evidence.differences(self.config, evidence.load(self.child / "config.json"), self._may_change):
             raise ResultError(f"config.json of the result: {problem}")
         self._check_side_files({path.as_posix() for path in left_behind})
+
+    def _check_present(self, after: Mapping[str, Stored]) -> None:
+        missing = sorted(self.origin.keys() - after.keys())
+        if missing:
+            raise ResultError(f"{len(missing)} tensor(s) are missing from the result, first {missing[0]}")
 
     def _check_gone(self) -> None:
         """Only layers that predict further tokens may go as a whole."""

@@ -129,7 +129,7 @@ def test_spoiled_json(good, file: str, spoil: Callable[[dict], object], words: s
 
 def test_missing_files(good) -> None:
     (good[1] / "generation_config.json").unlink()
-    with pytest.raises(ResultError, match="generation_config.json was not carried along"):
+    with pytest.raises(ResultError, match=r"generation_config\.json was not carried along"):
         check(*good)
     (good[1] / "model.safetensors.index.json").unlink()
     with pytest.raises(ResultError, match="exactly when the parent has one"):
