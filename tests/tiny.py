@@ -50,6 +50,7 @@ TOWER: dict[str, Any] = (
     | dict.fromkeys(("out_hidden_size", "output_dim", "text_hidden_size", "adapter_out_dim"), 64)
     | {"adapter_in_dim": 32, "adapter_input_size": 32, "downsample_hidden_size": 16, "max_source_positions": 64}
     | {"deepstack_visual_indexes": [0], "vocab_size": 272, "projection_intermediate_size": 32, "pos_emb_height": 4}
+    | {"decoder_dim": 32, "codebook_size": 16, "num_quantizers": 4, "mel_vocab_size": 4}
     | {"pos_emb_width": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64}
 )
 MLA = {"num_key_value_heads": 4}  # latent attention has as many key heads as query heads
