@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 
@@ -11,8 +15,8 @@ from moeprune.errors import InputError, StageError
 from moeprune.scoring import hub
 from moeprune.scoring.presets import PRESETS, plan_for
 from moeprune.scoring.samples import find_columns, make_sample
-from moeprune.scoring.selection import shares
-from moeprune.scoring.sources import parse_sources
+from moeprune.scoring.selection import choose, shares
+from moeprune.scoring.sources import Part, Source, parse_sources
 from moeprune.settings import Settings
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -187,3 +191,50 @@ def test_given_settings_beat_a_preset_and_scale_its_entries():
     plan = plan_for(given)
     assert (plan.max_samples, plan.max_seq_len, plan.packing) == (30, 16_384, True)
     assert shares(parse_sources(plan.spec), plan.max_samples, plan.capped) == [10, 10, 10]
+
+
+# -------------------------------------------------------------------- through `datasets` itself, from a local folder
+
+
+def make_data_set(folder, name: str, rows: list[dict]):
+    path = folder / name
+    path.mkdir(parents=True)
+    (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_streaming_a_known_data_set(tmp_path, monkeypatch):
+    name = "allenai/WildChat-1M"
+    make_data_set(
+        tmp_path, name, [ROWS[name][0] | {"conversation": [USER, {**ASSISTANT, "extra": str(i)}]} for i in range(50)]
+    )
+    monkeypatch.chdir(tmp_path)  # where owner/name is a folder, datasets reads it as if it were on the hub
+    first, again, other = ([row for _, row in hub.stream(name, None, None, seed, "")] for seed in (1, 1, 2))
+    assert [row["messages"][0] for row in first] == [USER] * 50
+    assert first == again
+    assert first != other
+    assert sorted(map(str, first)) == sorted(map(str, other))
+
+
+def test_streaming_stops_when_there_is_enough(tmp_path, monkeypatch):
+    make_data_set(tmp_path, "some/stories", [{"story": f"number {i}"} for i in range(5000)])
+    monkeypatch.chdir(tmp_path)
+    rows = partial(hub.stream, "some/stories", None, "train", 0, "")
+    source = Source("some/stories", (Part("some/stories", "stories", rows, endless=True),))
+    choice = choose(source, 20, 0, {"text": "story"}, 100)
+    assert (len(choice.samples), choice.seen) == (20, 20)
+    with pytest.raises(InputError, match=r"no usable column among 'story'; name one with --columns"):
+        choose(source, 20, 0, {}, 100)
+
+
+def test_a_split_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    make_data_set(tmp_path, "some/stories", [{"text": "a"}])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"some/stories: .*the split in \( \)"):
+        next(iter(hub.stream("some/stories", None, "nowhere", 0, "")))
+
+
+def test_without_a_network_it_says_so_and_what_to_do():
+    program = "from moeprune.scoring import hub; next(iter(hub.stream('nobody/nothing', None, None, 0, '')))"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert "MachineError: nobody/nothing: the hub cannot be reached" in done.stderr.splitlines()[-1]
