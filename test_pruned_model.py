@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from moeprune import errors, settings
+from moeprune import errors
+from moeprune.checking import stage
+from moeprune.settings import resolve
 
 
 def main(argv: list[str]) -> None:
-    """Resolve the settings before the heavy imports, so that a typing error costs no time."""
-    chosen = settings.resolve("test", argv)
-    from moeprune.checking import judge
-
-    judge.main(chosen)
+    """The settings, then the stage."""
+    stage.main(resolve("test", argv))
 
 
 if __name__ == "__main__":

@@ -224,13 +224,15 @@ class Settings:
     answers_path: str = setting("", str, "batch", "file of the answers; empty: answers.jsonl in the output folder")
     compare: str = setting("", str, "batch", "answers of another model to put side by side")
     served_model: str = setting(
-        "", str, "batch serve", "name of the model on the server; empty: its folder, or the only"
+        "", str, "test batch serve", "name of the model on the server; empty: its folder, or the only"
     )
-    api: str = setting("chat", one_of("chat", "completions"), "batch", "what the server is asked: chat | completions")
+    api: str = setting(
+        "chat", one_of("chat", "completions"), "test batch", "what the server is asked: chat | completions"
+    )
     temperature: float = setting(0.0, float, "batch", "0 takes the most likely token")
-    concurrency: int = setting(8, positive, "batch", "prompts that are asked at the same time")
-    request_timeout: float = setting(600.0, float, "batch", "seconds to wait for a byte of an answer")
-    attempts: int = setting(8, positive, "batch", "tries for a prompt; the pauses between them grow to 30 s")
+    concurrency: int = setting(8, positive, "test batch", "prompts that are asked at the same time")
+    request_timeout: float = setting(600.0, float, "test batch", "seconds to wait for a byte of an answer")
+    attempts: int = setting(8, positive, "test batch", "tries for a prompt; the pauses between them grow to 30 s")
 
     serve_host: str = setting("127.0.0.1", str, "serve", "address to serve at; 0.0.0.0: all of this machine's")
     serve_port: int = setting(8000, positive, "serve", "port to serve at")

@@ -68,9 +68,7 @@ def _domains(report: Mapping[str, Any], settings: Settings) -> list[Check]:
         return []
     rows = report["fidelity"]["domains"]
     name, row = max(rows.items(), key=lambda item: item[1]["kl"])
-    text = (
-        f"worst domain: {name}, mean KL divergence {row['kl']:.3f}, loss {row['parent_loss']:.3f} -> {row['loss']:.3f}"
-    )
+    text = f"{name}: mean KL divergence {row['kl']:.3f}, loss {row['parent_loss']:.3f} -> {row['loss']:.3f}"
     return [Check("worst domain", PASS, text, row["kl"] > max(settings.max_kl, 2 * NOTICEABLE_KL))]
 
 

@@ -15,12 +15,12 @@ LOOP_TURNS = 4  # ... and this many turns of its unit
 SAME_WORDS = 5  # "a a a a a"
 
 
-def loops(ids: Sequence[int]) -> bool:
-    """Whether the end of a text is one unit of tokens again and again."""
+def loops(ids: Sequence[Any]) -> bool:
+    """Whether the end of a text is one unit of tokens (or words) again and again."""
     return any(turning(ids, unit) >= max(LOOP_TOKENS, LOOP_TURNS * unit) for unit in range(1, LONGEST_UNIT + 1))
 
 
-def turning(ids: Sequence[int], unit: int) -> int:
+def turning(ids: Sequence[Any], unit: int) -> int:
     """How many tokens at the end repeat with this period."""
     length = unit
     while length < len(ids) and ids[-length - 1] == ids[-length - 1 + unit]:

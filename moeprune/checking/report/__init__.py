@@ -25,6 +25,7 @@ def write(output_path: Path) -> Path | None:
     recipe = _read(pruned / "reap_metadata.json", "reap_metadata") or _read(
         output_path / "reap_metadata.json", "reap_metadata"
     )
+    recipe = with_cut(recipe, _read(pruned / "pruning.json", "pruned_model"))
     preview = _read(output_path / "preview.json", "preview")
     if not (test or recipe or preview):
         return None
@@ -41,6 +42,16 @@ def write(output_path: Path) -> Path | None:
 def _read(path: Path, kind: str) -> dict[str, Any]:
     """A result, or nothing: the report shows what is there."""
     return metadata.read_result(path, kind) if path.is_file() else {}
+
+
+def with_cut(recipe: dict[str, Any], cut: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the plan that was really cut, which need not be the one that stage 1 proposed."""
+    plan = recipe.get("plan", {})
+    if not recipe or not cut or cut.get("keep") == plan.get("keep"):
+        return recipe
+    shown = {name: value for name, value in plan.items() if name not in {"coverage", "calibration", "how"}}
+    metric = cut.get("settings", {}).get("values", {}).get("metric", "a plan")
+    return recipe | {"plan": shown | {"keep": cut["keep"], "kept": cut["kept"], "how": {"metric": metric}}}
 
 
 def page(recipe: dict[str, Any], preview: dict[str, Any], test: dict[str, Any]) -> str:

@@ -45,6 +45,8 @@ def tiles(test: Json) -> Html | None:
 def _size_tile(test: Json) -> Html | None:
     inputs = test["inputs"]
     now = inputs["pruned"]["bytes"]
+    if not now:  # a server was judged
+        return None
     before = (inputs.get("parent") or {}).get("bytes")
     under = f"from {console.size(before)}: {percent(1 - now / before, 0)} less" if before else "parent unknown"
     return _tile("size", console.size(now), under)

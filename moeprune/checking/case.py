@@ -1,0 +1,86 @@
+"""What is judged, against what, and whether that has been done already; decided before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune import metadata
+from moeprune.checkpoint import folder as checkpoints
+from moeprune.errors import InputError
+from moeprune.settings import Settings
+
+# Files of the pruned folder that know the plan; the strongest first.
+RECIPES = {"pruning.json": "pruned_model", "reap_metadata.json": "reap_metadata"}
+    "pruning.json": "pruned_model",
+    "reap_metadata.json": "reap_metadata",
+}  # in the pruned folder, strongest first
+SHAPING = ("seed", "dtype", "device", "max_seq_len", "evaluation_samples", "generations", "max_new_tokens", "max_kl",
+           "max_loss_increase", "min_same_top", "max_broken", "judge_memory", "endpoint", "parent_endpoint",
+           "served_model", "api")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """The two models and the plan between them."""
+
+    pruned: Path
+    parent: Path | None
+    keep: dict[str, list[int]] | None
+    why_no_parent: str = ""
+
+
+def find(settings: Settings) -> Case:
+    """The pruned folder (named, or the newest in the output folder), its parent and its plan."""
+    pruned = Path(settings.pruned_output_path) if settings.pruned_output_path else _newest(settings.output_path)
+    if not (pruned / "config.json").is_file():
+        raise InputError(f"no pruned model at {pruned}; run the prune stage or pass --pruned-output-path")
+    recipes = [_recipe(pruned / name, kind) for name, kind in RECIPES.items()]
+    keep = next((found for recipe in recipes if (found := plan_of(recipe))), None)
+    paths = [recipe.get("inputs", {}).get("model", {}).get("path", "") for recipe in recipes]
+    named = settings.model_path or next(filter(None, paths), "")
+    if not named:
+        return Case(pruned, None, keep, "no parent is known; pass --model-path")
+    try:
+        return Case(pruned, checkpoints.locate_model(named, settings.hf_token), keep)
+    except InputError as error:
+        if settings.model_path:
+            raise
+        return Case(pruned, None, keep, str(error))
+
+
+def plan_of(recipe: dict[str, Any]) -> dict[str, list[int]] | None:
+    """Block -> experts that stayed, from either kind of recipe."""
+    keep = recipe.get("keep") or (recipe.get("plan") or {}).get("keep")
+    return keep if isinstance(keep, dict) else None
+
+
+def _newest(output: Path) -> Path:
+    made = [path for name in RECIPES for path in output.glob(f"*/{name}") if path.parent.suffix != ".partial"]
+    if not made:
+        raise InputError(f"no pruned model in {output}; run the prune stage or pass --pruned-output-path")
+    return max(made, key=lambda path: path.stat().st_mtime).parent
+
+
+def _recipe(path: Path, kind: str) -> dict[str, Any]:
+    return metadata.read_result(path, kind) if path.is_file() else {}
+
+
+def fingerprint(case: Case | None, settings: Settings) -> str:
+    """Over both models, the held-out data and every setting that can change a number or a verdict."""
+    parts: list[str | Path] = [str(getattr(settings, name)) for name in SHAPING]
+    if case is not None:
+        folders = [folder for folder in (case.pruned, case.parent) if folder]
+        parts += [checkpoints.fingerprint(checkpoints.open_checkpoint(folder)) for folder in folders]
+        parts.append(json.dumps(case.keep))
+    held_out = settings.evaluation_path
+    if held_out and not Path(held_out).is_file():
+        raise InputError(f"held-out data not found at {held_out}; give a .jsonl file in REAP_EVALUATION_PATH")
+    return metadata.digest(*parts, Path(held_out) if held_out else "built-in")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes in the weight files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
