@@ -14,9 +14,6 @@ from moeprune.settings import Settings
 
 # Files of the pruned folder that know the plan; the strongest first.
 RECIPES = {"pruning.json": "pruned_model", "reap_metadata.json": "reap_metadata"}
-    "pruning.json": "pruned_model",
-    "reap_metadata.json": "reap_metadata",
-}  # in the pruned folder, strongest first
 SHAPING = ("seed", "dtype", "device", "max_seq_len", "evaluation_samples", "generations", "max_new_tokens", "max_kl",
            "max_loss_increase", "min_same_top", "max_broken", "judge_memory", "endpoint", "parent_endpoint",
            "served_model", "api")  # fmt: skip
