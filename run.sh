@@ -210,10 +210,10 @@ demo() { # every path is given, so that no setting of the user can point it else
 }
 
 check() {
-  local failed=() bin
+  local failed="" bin
   set_up requirements-dev.txt
   bin=$(dirname "$(command -v "$python")")
-  try() { say "+ $*" && "$@" || failed+=("$1 ${2:-}"); }
+  try() { say "+ $*" && "$@" || failed+=$'\n  '"$*"; }
   try "$bin/ruff" check .
   try "$bin/ruff" format --check .
   try "$bin/mypy"
@@ -227,7 +227,7 @@ check() {
     say "no docker compose here, so docker-compose.yml is only checked by the tests"
   fi
   try env OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadgroup "$@"
-  [[ ${#failed[@]} -eq 0 ]] || die "check failed: ${failed[*]}" 1
+  [[ -z $failed ]] || die "check failed:$failed" 1
 }
 
 # on_host CMD...: with any Python that this machine has; nothing needs to be set up for it.
