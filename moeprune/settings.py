@@ -140,6 +140,12 @@ class Settings:
         "thinking switch of the chat template: auto (its default) | on | off",
     )
     system_prompt: str = setting("", str, "reap", "system prompt for calibration chats that bring none")
+    special_tokens: str = setting(
+        "count",
+        one_of("count", "skip"),
+        "reap",
+        "special tokens (begin of text, marks of roles) in the scores: count | skip",
+    )
     image_pixels: int = setting(
         1_000_000, positive, "reap", "larger calibration images are scaled down to this many pixels"
     )

@@ -110,6 +110,22 @@ def test_chats_that_the_template_refuses_are_counted(tmp_path):
     assert calibration.summary["skipped"] == {"refused by the chat template": 1}
 
 
+@pytest.mark.parametrize("special_tokens", ["count", "skip"])
+def test_special_tokens_can_be_left_out(tmp_path, special_tokens):
+    rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]}]
+    settings = Settings(calibration_path=data(tmp_path, rows), special_tokens=special_tokens)
+    tokenizer = byte_tokenizer.of_family("granite")
+    calibration = load_calibration(settings, tokenizer, CONFIG)
+    (batch,) = calibration.batches
+    counted = tokenizer.decode(batch.inputs["input_ids"][batch.domain_BT >= 0])
+    whole = (
+        "<|start_of_role|>user<|end_of_role|>ab<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>cde<|end_of_text|>\n"
+    )
+    assert counted == (whole if special_tokens == "count" else "userab\nassistantcde\n")
+    assert calibration.summary["tokens"] == int((batch.domain_BT >= 0).sum())
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="the tokenizer is another model's"):
         load(tmp_path, ROWS, transformers.Qwen3MoeConfig(vocab_size=40))
