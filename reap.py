@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from moeprune import console, errors
+from moeprune.checking import report
 from moeprune.checkpoint.families import Layout, understand
 from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
 from moeprune.metadata import Sums, digest, header, is_current, to_text, write_json
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
         console.say(f"{result} is current: same model, calibration and settings; --force scores again")
     else:
         write_json(result, score(settings, checkpoint, layout, made_from, begun))
+        report.write(settings.output_path)
     print(result)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import console, metadata
-from moeprune.checking import fidelity, samples, subject
+from moeprune.checking import fidelity, report, samples, subject
 from moeprune.checking.streamed import Streamed
 from moeprune.checkpoint.families import Layout, understand
 from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
@@ -55,6 +55,7 @@ def main(settings: Settings) -> None:
     else:
         found = variants(settings, checkpoint, layout)
         metadata.write_json(target, measure(settings, checkpoint, found, layout, key))
+        report.write(settings.output_path)
     show(metadata.read_result(target, KIND))
     print(target)
 

@@ -20,13 +20,16 @@ HERE = Path(__file__).parent
 
 def write(output_path: Path) -> Path | None:
     """Write the page from whatever results lie in the folder; None when there are none."""
+    proposed = _read(output_path / "reap_metadata.json", "reap_metadata")
     test = _read(output_path / "test_report.json", "test_report")
-    pruned = Path(str(test.get("inputs", {}).get("pruned", {}).get("path", ""))) if test else output_path
-    recipe = _read(pruned / "reap_metadata.json", "reap_metadata") or _read(
-        output_path / "reap_metadata.json", "reap_metadata"
-    )
-    recipe = with_cut(recipe, _read(pruned / "pruning.json", "pruned_model"))
+    pruned = Path(str(test.get("inputs", {}).get("pruned", {}).get("path", "")))
+    cut_from = _read(pruned / "reap_metadata.json", "reap_metadata") if test else {}
+    if proposed and test and _of_other_scores(proposed, cut_from, test):
+        test, cut_from = {}, {}
+    recipe = with_cut(cut_from or proposed, _read(pruned / "pruning.json", "pruned_model") if test else {})
     preview = _read(output_path / "preview.json", "preview")
+    if recipe and preview and _model_path(recipe) != _model_path(preview):
+        preview = {}
     if not (test or recipe or preview):
         return None
     target = output_path / NAME
@@ -37,6 +40,16 @@ def write(output_path: Path) -> Path | None:
     partial.replace(target)
     sync_folder(output_path)
     return target
+
+
+def _of_other_scores(proposed: dict[str, Any], cut_from: dict[str, Any], test: dict[str, Any]) -> bool:
+    """Whether a verdict in the folder is older than its scores, and about a model that was cut from others."""
+    same = cut_from.get("inputs", {}).get("fingerprint") == proposed["inputs"].get("fingerprint")
+    return not same and str(proposed.get("created_at")) > str(test.get("created_at"))
+
+
+def _model_path(result: dict[str, Any]) -> Any:
+    return result.get("inputs", {}).get("model", {}).get("path")
 
 
 def _read(path: Path, kind: str) -> dict[str, Any]:
