@@ -39,6 +39,7 @@ TOP_K_KEYS = (
 )
 GROUP_KEYS = ("n_group", "num_expert_group")  # not n_groups, which counts the groups of a Mamba layer
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
+DEEPEST = 20  # nesting of a config beyond which nothing is looked for
 DEPTH_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 
 # Rows behind the experts' own in the router that always stay, last: config key of their number, or the number.
@@ -151,7 +152,12 @@ def _scopes(config: Mapping[str, Any], path: tuple[str | int, ...] = ()) -> Iter
     """Every nested dictionary of a config with its path, outermost first; towers for images and sound left out."""
     yield path, config
     for key, value in config.items():
-        if isinstance(value, dict) and not is_tower(key) and key not in ("quantization_config", "quantization"):
+        if (
+            isinstance(value, dict)
+            and len(path) < DEEPEST
+            and not is_tower(key)
+            and key not in ("quantization_config", "quantization")
+        ):
             yield from _scopes(value, (*path, key))
 
 

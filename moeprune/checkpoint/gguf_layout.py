@@ -11,7 +11,7 @@ from moeprune.checkpoint.headers import Tensor
 from moeprune.checkpoint.structure import OLD_GGUF, Block, Part
 from moeprune.errors import InputError
 
-LAYER = re.compile(r"(?P<block>blk\.(?P<layer>\d+))\.(?P<rest>.+)")
+LAYER = re.compile(r"(?P<block>blk\.(?P<layer>\d{1,6}))\.(?P<rest>.+)")
 STACKED = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale|input_scale)")
 ROUTER = re.compile(r"(ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)")
 IDS = "ffn_gate_tid2eid.weight"
@@ -49,8 +49,9 @@ def _check_complete(layer: int, parts: Iterable[Part], experts: int) -> None:
         if match := OLD_GGUF.fullmatch(part.tensor):
             have[match[1]].add(part.expert)
     for kind, numbers in have.items():
-        for missing in sorted(set(range(experts)) ^ numbers):
-            raise InputError(f"blk.{layer}.ffn_{kind}: expert {missing} of {experts} is missing or one too many")
+        if len(numbers) != experts or max(numbers) >= experts:
+            wrong = next((number for number in range(experts) if number not in numbers), max(numbers))
+            raise InputError(f"blk.{layer}.ffn_{kind}: expert {wrong} of {experts} is missing or one too many")
 
 
 def _part(tensor: Tensor, rest: str, experts: int) -> Part | None:

@@ -23,9 +23,9 @@ from moeprune.errors import InputError
 TOWER = re.compile(r"vision|visual|audio|image|speech|talker|code2wav|(^|\.)vit(\.|$)")
 EXPERT = re.compile(
     r"(?P<module>(?:.*\.)?)(?P<chunk>chunk_)?experts\."
-    r"(?:expert_|local_experts\.|mlp\.|(?:gate_up|gate|up|down)_projs\.)?(?P<id>\d+)\.(?P<rest>.+)"
+    r"(?:expert_|local_experts\.|mlp\.|(?:gate_up|gate|up|down)_projs\.)?(?P<id>\d{1,6})\.(?P<rest>.+)"
 )
-OLD_GGUF = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(?P<id>\d+)\.weight")  # files of 2023
+OLD_GGUF = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(?P<id>\d{1,6})\.weight")  # files of 2023
 STACKED = re.compile(r"(?P<module>(?:.*?\.)?)(?:experts|switch_mlp|switch_glu)\.(?P<rest>.+)")
 LOOSE = re.compile(  # stacked experts that lie in the module itself; only three axes tell them from a dense layer
     r"(?P<module>.*\.(?:moe|mlp|block_sparse_moe|feed_forward|ffn|mixer)\.)"
@@ -131,16 +131,20 @@ def _layer(module: str) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+    """Numbers by size, which for digits is first of all their length."""
+    return [(len(piece) if piece.isdigit() else 0, piece) for piece in re.split(r"(\d+)", name)]
 
 
 def _block(module: str, tensors: Sequence[Tensor], hints: Hints) -> Block | None:
     """The block of one module from all tensors of its layer; None when it is a dense layer after all."""
     layer = _layer(module)
     experts = _count_experts(module, tensors, hints)
+    if experts < 1:
+        raise InputError(f"{module}* looks like experts, but neither shapes nor config.json say how many there are")
     parts = [part for tensor in tensors if (part := _part(tensor, module, layer, experts, hints))]
     runs = {part.expert for part in parts if part.share > 1}
     parts = [replace(part, share=experts // len(runs)) if part.share > 1 else part for part in parts]
+    _check_complete(module, parts, experts * (2 if hints.two_kinds else 1))
     if not any(part.router and _is_matrix(part, tensors) for part in parts):
         if not any(EXPERT.fullmatch(t.name) or STACKED.fullmatch(t.name) for t in tensors if t.name.startswith(module)):
             return None
@@ -148,7 +152,6 @@ def _block(module: str, tensors: Sequence[Tensor], hints: Hints) -> Block | None
             f"{module}* holds {experts} experts but no router was found beside them; "
             "add the router's name to ROUTER in moeprune/checkpoint/structure.py"
         )
-    _check_complete(module, parts, experts * (2 if hints.two_kinds else 1))
     return Block(layer, _role(layer, hints.depth), experts, tuple(parts))
 
 
@@ -206,7 +209,7 @@ def _stacked_part(tensor: Tensor, experts: int) -> Part | None:
     router = "router" in tensor.name or "correction_bias" in tensor.name
     if tensor.shape and tensor.shape[0] == experts:
         return Part(tensor.name, "rows", router=router)
-    if FLAT.search(tensor.name) and tensor.shape[0] % experts == 0:
+    if FLAT.search(tensor.name) and tensor.shape and tensor.shape[0] % experts == 0:
         return Part(tensor.name, "rows", rows_per_expert=tensor.shape[0] // experts)
     if len(tensor.shape) <= 1 or tensor.shape[0] == 1:
         return None
@@ -222,7 +225,7 @@ def _router_part(tensor: Tensor, experts: int, hints: Hints) -> Part | None:
         return Part(tensor.name, "ids", router=True)
     if FOUR_BIT.search(tensor.name):
         return None if tensor.name.endswith(".quant_map") else Part(tensor.name, "made", router=True)
-    if tensor.dtype == "U8" and tensor.shape[1:] == (1,) and tensor.shape[0] % experts == 0:
+    if tensor.dtype == "U8" and tensor.shape[1:] == (1,) and tensor.shape[0] % experts == 0:  # bitsandbytes
         return Part(tensor.name, "rows", rows_per_expert=tensor.shape[0] // experts, router=True)
     axis = 1 if hints.two_kinds or tensor.shape[:1] == (1,) else 0
     size = tensor.shape[axis] if axis < len(tensor.shape) else 0
@@ -259,7 +262,7 @@ def _check_complete(module: str, parts: Iterable[Part], experts: int) -> None:
 
 def _role(layer: str, depth: int) -> str:
     """mtp for what predicts further tokens: named so, or a layer behind the last."""
-    behind = re.search(r"(?:^|\.)layers\.(\d+)$", layer)
+    behind = re.search(r"(?:^|\.)layers\.(\d{1,6})$", layer)
     if re.search(r"(^|\.)(mtp|nextn)", layer) or (behind and 0 < depth <= int(behind[1])):
         return "mtp"
     return "trunk"
@@ -267,13 +270,17 @@ def _role(layer: str, depth: int) -> str:
 
 def _named_apart(blocks: Sequence[Block]) -> Iterator[Block]:
     """Two routers in one layer (experts in the attention too): the attention's block takes the longer name."""
+    taken: set[str] = set()
     counts = Counter(block.name for block in blocks)
     for block in blocks:
         module = next((m["module"] for p in block.parts if (m := STACKED.fullmatch(p.tensor))), "")
         if counts[block.name] > 1 and ATTENTION.search(module):
             yield replace(block, name=module.rstrip("."), role="attention")
-        else:
-            yield block
+            continue
+        if block.name in taken:
+            raise InputError(f"{block.name} has two groups of experts ({module}* is one), which no known model has")
+        taken.add(block.name)
+        yield block
 
 
 def _two_kinds(block: Block) -> list[Block]:

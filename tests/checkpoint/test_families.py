@@ -117,6 +117,17 @@ REFUSED = {
         {k: v for k, v in layer("model.layers.0", GATE, GATED).items() if "experts.3.up" not in k},
         "expert 3 has no tensor up_proj.weight",
     ),
+    "an absurd number": (MIXTRAL, layer("model.layers.0", GATE, GATED, [0, 1, 999_999]), "expert 2 has no"),
+    "two groups in a layer": (
+        MIXTRAL,
+        layer("model.layers.0", GATE | {"moe.gate.weight": [E, 16]}, GATED | {"moe.experts.{e}.w.weight": [4]}),
+        "two groups of experts",
+    ),
+    "experts of an unknown number": (
+        {"model_type": "x"},
+        layer("model.layers.0", {"mlp.experts.bias": [16], "mlp.experts.scale": []}),
+        "how many",
+    ),
     "a hole in the numbers": (MIXTRAL, layer("model.layers.0", GATE, GATED, [0, 1, 2, 3, 4, 5, 7]), "expert 6"),
     "blocks of different size": (
         MIXTRAL,
