@@ -205,6 +205,8 @@ def maxmin_weights(share_BDE: Sequence[Array], count: int, groups: int = 1) -> A
     Coverage is a domain's share on the kept experts, mean over the blocks. By duality the best keep-lists are, but for
     rounding, the best experts under some weights; they are searched by multiplicative updates: a domain that is
     covered better than the worst one loses weight. The best weights that were met are returned.
+    Coverage is not quality: on the demo model this raised the worst domain's coverage from 62 to 71% at a 50% cut, but
+    its KL was no better than by equal shares. Choose it where coverage itself is the aim.
     """
     traces_BD = np.array([share_DE.sum(axis=1) > 0 for share_DE in share_BDE])
     seen_D = traces_BD.sum(axis=0)
