@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -128,23 +127,32 @@ def test_a_process_number_that_belongs_to_another_program_is_left_alone(place):
 
 
 @pytest.mark.skipif(not os.environ.get("VLLM_PYTHON"), reason="VLLM_PYTHON names an interpreter that has vLLM")
-def test_vllm_itself_serves_the_demo_model(place):
-    """Where vLLM is, the whole chain is real: start, health, answers with the server's token counts, stop."""
+@pytest.mark.parametrize("which", ["parent", "pruned"])
+def test_vllm_itself_serves_the_demo_model_and_its_cut(place, which):
+    """Where vLLM is, the whole chain is real: cut, start, health, answers with the server's token counts, stop."""
     environ = {
         "REAP_SERVE_PYTHON": os.environ["VLLM_PYTHON"],
         "REAP_MODEL_PATH": str(ROOT / "demo/model"),
+        "REAP_PRUNED_OUTPUT_PATH": str(place.folder / "output/cut"),
         "REAP_SERVE_TIMEOUT": "280",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    blocks = json.loads((ROOT / "demo/model/config.json").read_text())["num_hidden_layers"]
+    keep = {f"model.layers.{block}": list(range(0, 32, 2)) for block in range(blocks)}
+    (place.folder / "plan.json").write_text(json.dumps({"keep": keep}))
+    cut = [sys.executable, ROOT / "prune_model.py", "--plan", "plan.json"]
+    clean = {name: value for name, value in environ.items() if name in ("REAP_MODEL_PATH", "REAP_PRUNED_OUTPUT_PATH")}
+    subprocess.run(cut, cwd=place.folder, env={"PATH": os.environ["PATH"], **clean}, check=True, capture_output=True)
+
     words = ("--enforce-eager", "--max-model-len", "128", "--dtype", "bfloat16")
-    done = place.serve("parent", "--", *words, **environ)
+    done = place.serve(which, "--", *words, **environ)
     assert done.returncode == 0, done.stderr + (place.folder / "output/serve.log").read_text()[-3000:]
-    with urllib.request.urlopen(f"{done.stdout.strip()}/models") as response:
-        assert json.load(response)["data"][0]["id"] == "model"
     (place.folder / "p.jsonl").write_text('"2 + 2 ="\n"2 + 3 ="\n')
     asked = batch(place.folder, done.stdout.strip(), "--prompts-path", "p.jsonl", "--api", "completions")
     assert asked.returncode == 0, asked.stderr
     found = [json.loads(line) for line in (place.folder / "a.jsonl").read_text().splitlines()]
-    assert {entry["answer"].strip() for entry in found} == {"4", "5"}
+    assert {entry["model"] for entry in found} == {"model" if which == "parent" else "cut"}
     assert all(entry["completion_tokens"] > 0 for entry in found)
+    if which == "parent":
+        assert {entry["answer"].strip() for entry in found} == {"4", "5"}
