@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from threading import Event
 
@@ -51,18 +51,20 @@ def cut(planned: Result) -> None:
     bar = console.Progress("writing", len(planned.files))
     with writer.beside(planned.target) as folder, helpers() as (pool, syncing, go_on):
         proof = result.proof(planned, folder)
+        syncs: list[Future[None]] = []
 
         def make(file: writer.NewFile) -> str:
             path = writer.write_file(folder, file, go_on)
-            synced = syncing.submit(writer.sync_file, path)
+            syncs.append(syncing.submit(writer.sync_file, path))
             proof.file(path, go_on)
-            synced.result()
             return file.name
 
         tasks = [pool.submit(make, file) for file in planned.files]
         result.write_small_files(planned, folder)
         for task in as_completed(tasks):
             bar.step(task.result())
+        for sync in syncs:
+            sync.result()
         proof.finish(planned.checkpoint.other_weights)
         writer.publish(folder, planned.target)
     say(f"written and verified in {console.duration(time.monotonic() - started)}: {planned.target}")

@@ -3,7 +3,7 @@
     python benchmarks/prune.py [--gigabytes 2] [--runs 7] [--layout expert|stacked] [--folder DIR]
 
 Makes a random checkpoint of that size with half of its experts to be removed, lets the page cache hold it, and runs
-the stage and `cp -r` of the result's weights in turns. The stage syncs what it writes, so `cp` followed by `sync` of the
+the stage and `cp` of the result's weights in turns. The stage syncs what it writes, so `cp` followed by `sync` of the
 same files is measured too. One JSON line goes to stdout.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -81,15 +82,20 @@ def make_model(folder: Path, gigabytes: float, layout: str) -> int:
     return layers
 
 
-def measured(command: list[str]) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of one process."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+def measured(command: list[str]) -> tuple[float, float]:
+    """Wall and processor seconds of one process and its children."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, check=True)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def peak_memory(code: str, argv: list[str]) -> int:
+    """The most bytes that an interpreter running this code ever held, by its own account."""
+    code += "; print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    command = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return int(done.stdout.split()[-1]) * 1024
 
 
 def settle(folder: Path) -> None:
@@ -119,33 +125,32 @@ def report(options: argparse.Namespace, work: Path) -> None:
     prune = [sys.executable, "prune_model.py", *flags, "--pruned-output-path", str(work / "out")]
     copy = ["sh", "-c", f"mkdir {work}/copy && cp {work}/kept/*.safetensors {work}/copy/"]
     synced = [*copy[:2], f"{copy[2]} && sync {work}/copy/*"]
-    measured([*prune[:-1], str(work / "kept")])  # warms the page cache, and gives the bytes that stay
-    times: dict[str, list[float]] = {"prune": [], "cp": [], "cp_sync": []}
-    peak = 0
+    code = "import sys, prune_model; prune_model.main(sys.argv[1:])"
+    peak = peak_memory(code, [*prune[2:-1], str(work / "kept")])  # also warms the page cache, and gives what stays
+    times: dict[str, list[tuple[float, float]]] = {"prune": [], "cp": [], "cp_sync": []}
     for _ in range(options.runs):
         for what, command, made in (("cp", copy, "copy"), ("prune", prune, "out"), ("cp_sync", synced, "copy")):
             settle(work / made)
-            seconds, memory = measured(command)
-            times[what].append(seconds)
-            peak = max(peak, memory) if what == "prune" else peak
+            times[what].append(measured(command))
             settle(work / made)
-    _, bare = measured([sys.executable, "-c", "pass"])
     kept = sum(path.stat().st_size for path in (work / "kept").glob("*.safetensors"))
-    ratios = {what: statistics.median(a / b for a, b in zip(times["prune"], times[what], strict=True)) for what in times}
     result = {
         "benchmark": "prune",
         "layout": options.layout,
         "model_bytes": sum(path.stat().st_size for path in (work / "model").glob("*.safetensors")),
         "kept_bytes": kept,
         "runs": options.runs,
-        "prune_s": round(statistics.median(times["prune"]), 3),
-        "cp_s": round(statistics.median(times["cp"]), 3),
-        "cp_sync_s": round(statistics.median(times["cp_sync"]), 3),
-        "ratio_to_cp": round(ratios["cp"], 3),
-        "ratio_to_cp_sync": round(ratios["cp_sync"], 3),
-        "peak_memory_above_interpreter_bytes": peak - bare,
-        "limits": LIMIT,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
     }
+    for what, pairs in times.items():
+        result[f"{what}_s"] = round(statistics.median(wall for wall, _ in pairs), 3)
+        result[f"{what}_cpu_s"] = round(statistics.median(cpu for _, cpu in pairs), 3)
+    for what in ("cp", "cp_sync"):
+        ratios = [mine[0] / other[0] for mine, other in zip(times["prune"], times[what], strict=True)]
+        result[f"ratio_to_{what}"] = round(statistics.median(ratios), 3)
+    result["peak_memory_above_interpreter_bytes"] = peak - peak_memory("pass", [])
+    result["limits"] = LIMIT
     print(json.dumps(result))
     for key, value in result.items():
         print(f"{key:40} {value}", file=sys.stderr)

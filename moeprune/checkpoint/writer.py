@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from moeprune.errors import FULL_DISK, InputError, MachineError
 from moeprune.metadata import sync_folder
 
 STEP = 16 << 20  # bytes per system call, and the size of the one buffer
+PAGE = 4096
 CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 INDEX = "model.safetensors.index.json"
 
@@ -80,16 +82,29 @@ def packed(entries: Iterable[Entry], limit: int) -> list[tuple[Entry, ...]]:
     return [tuple(group) for group in groups]
 
 
-def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
-    """The length and the JSON that a safetensors file begins with, padded to a multiple of 8 bytes."""
+def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """The length and the JSON that a safetensors file begins with, padded with spaces as the format allows."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for entry in entries:
         table[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [at, at + entry.nbytes]}
         at += entry.nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * ((_good_phase(entries) - 8 - len(text)) % PAGE)
     return len(text).to_bytes(8, "little") + text
+
+
+def _good_phase(entries: Sequence[Entry]) -> int:
+    """Where within a page the data should begin, so that most bytes keep their place in it: whole pages copy faster."""
+    wanted: Counter[int] = Counter()
+    at = 0
+    for entry in entries:
+        offset = at
+        for start, end in entry.ranges:
+            wanted[(start - offset) % PAGE] += end - start
+            offset += end - start
+        at += entry.nbytes
+    return next((phase for phase, _ in wanted.most_common() if phase % 8 == 0), 0)  # and 8 keeps every type aligned
 
 
 def write_file(folder: Path, file: NewFile, go_on: Callable[[], None]) -> Path:
