@@ -197,6 +197,7 @@ step() {
     cmd=("$@")
   fi
   say "+ $(printf '%q ' "${cmd[@]}")"
+  [[ $command == @(full|demo) ]] || exec "${cmd[@]}" # so that a signal to this script reaches the step
   "${cmd[@]}"
 }
 
@@ -250,7 +251,7 @@ main() {
     esac
     [[ $1 == help ]] || shift
   done
-  local command=${1:-help}
+  command=${1:-help}
   shift || true
   case $command in
     reap | preview | prune | test | full | combine | batch | demo | shell)
@@ -277,7 +278,10 @@ main() {
       compose_environment
       docker compose build "$@" reap-cpu # both services use this image
       ;;
-    shell) step shell bash "$@" ;;
+    shell)
+      [[ $runtime == docker ]] || export PATH="$PWD/.venv/bin:$PATH"
+      step shell bash "$@"
+      ;;
     serve)
       choose_runtime serve
       [[ $runtime != docker ]] || compose_environment

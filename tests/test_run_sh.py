@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,18 @@ def test_words_reach_the_script_untouched(place):
     printed = next(line for line in done.stderr.splitlines() if line.startswith("run.sh: + "))
     assert r"two\ \ words\ \*" in printed
     assert done.stdout == ""
+
+
+def test_a_signal_to_run_sh_reaches_the_step(place):
+    (place.bin / "interpreter").write_text('#!/bin/bash\ntrap "echo caught >>$CALLS; exit 143" TERM\n'
+                                           'echo started >>"$CALLS"\nwhile :; do sleep 0.05; done\n')  # fmt: skip
+    env = {"PATH": f"{place.bin}:/usr/bin:/bin", "REAP_PYTHON": str(place.bin / "interpreter")}
+    process = subprocess.Popen(["bash", place.folder / "run.sh", "reap"], env=env | {"CALLS": str(place.calls_file)})
+    while not place.calls_file.exists() or "started" not in place.calls_file.read_text():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=10) == 143
+    assert "caught" in place.calls_file.read_text()
 
 
 def test_the_exit_code_is_the_scripts_and_full_stops_there(place):
