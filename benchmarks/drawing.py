@@ -8,7 +8,7 @@ from html import escape
 
 WIDTH = 760
 ROW = 24
-LETTER = 7.3  # width of a letter of a bold name, on average
+LETTER = 7.5  # width of a letter of a bold name, on average
 SERIES = ("a", "b", "c")
 # Colours of Okabe and Ito's set, which colour-blind readers tell apart; the shapes differ too.
 STYLE = """
