@@ -1,9 +1,9 @@
 """Where an observer looks in a model: TABLE of the ways in which transformers runs experts.
 
 Nearly all families hand (hidden states, indices, gates) to an experts module that may be run by a shared grouped
-implementation. That one offers a place behind the experts and in front of the gates, meant for a norm, where the outputs
-can be seen. The few families with loops or products of their own have an adapter each. All of them only look: the
-forward stays the model's own, to the bit.
+implementation. That one offers a place behind the experts and in front of the gates, meant for a norm, where the
+outputs can be seen. The few families with loops or products of their own have an adapter each. All of them only look:
+the forward stays the model's own, to the bit.
 
 Legend of the array suffixes: T tokens, K experts per token, S slots sorted by expert, E experts, H hidden.
 """
@@ -95,11 +95,11 @@ def attach_grouped(observer: Observer, site: Site, module: Module) -> list[Remov
         return hooks
 
     def remove() -> None:
-        module.has_post_expert_norm = False
-        del module.post_expert_norm
+        vars(module)["has_post_expert_norm"] = False
+        del vars(module)["post_expert_norm"]
 
-    module.has_post_expert_norm = True
-    module.post_expert_norm = lambda y_SH: observer.outputs(site, y_SH)
+    vars(module)["has_post_expert_norm"] = True
+    vars(module)["post_expert_norm"] = lambda y_SH: observer.outputs(site, y_SH)
     return [*hooks, Undo(remove)]
 
 
@@ -177,7 +177,7 @@ def attach_llama4(observer: Observer, site: Site, module: Module) -> list[Remova
 
 
 def attach_jetmoe(observer: Observer, site: Site, module: Module) -> list[Removable]:
-    """The router sorts the tokens itself and says how many each expert gets; the attention's experts work the same way."""
+    """The router sorts the tokens itself and says how many each expert gets; so do the attention's experts."""
 
     def routed(_module: Module, args: Any, output: Any) -> None:
         _, token_S, gate_S, sizes, _ = output

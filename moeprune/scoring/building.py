@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError, MachineError, UsageError
 from moeprune.settings import Settings
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REMOTE_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -42,7 +42,7 @@ def pick_device(settings: Settings) -> torch.device:
 def compute_dtype(config: PreTrainedConfig, settings: Settings) -> torch.dtype:
     """The type to compute in: the setting, else the checkpoint's, else bfloat16."""
     if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+        return DTYPES[settings.dtype]
     named = (getattr(place, "dtype", None) for place in (config, config.get_text_config()))
     return next((dtype for dtype in named if isinstance(dtype, torch.dtype)), torch.bfloat16)
 
@@ -50,14 +50,15 @@ def compute_dtype(config: PreTrainedConfig, settings: Settings) -> torch.dtype:
 def read_config(checkpoint: Checkpoint, settings: Settings) -> PreTrainedConfig:
     """The model's configuration as transformers understands it, without any quantization: layers arrive dequantized."""
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=settings.trust_remote_code
+        )
     except (ValueError, KeyError, ImportError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"transformers {transformers.__version__} cannot read the config of {checkpoint.folder}: {reason}"
             + _remote_hint(checkpoint, settings)
         ) from None
-    config = copy.deepcopy(config)
     for part in _configs(config):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -84,7 +85,7 @@ def model_class(checkpoint: Checkpoint, settings: Settings) -> type[PreTrainedMo
             f"{checkpoint.folder}" + _remote_hint(checkpoint, settings)
         )
     if isinstance(found, str):
-        return get_class_from_dynamic_module(found, os.fspath(checkpoint.folder))  # type: ignore[no-any-return]
+        return get_class_from_dynamic_module(found, os.fspath(checkpoint.folder))
     raise UsageError(f"{checkpoint.folder}: auto_map in config.json is damaged; it must name a class")
 
 
@@ -117,8 +118,10 @@ def build(checkpoint: Checkpoint, settings: Settings) -> PreTrainedModel:
     chosen = model_class(checkpoint, settings)
     dtype = compute_dtype(config, settings)
     # A class may take a nested configuration (the text model of a multimodal checkpoint, say).
-    if not isinstance(config, chosen.config_class) and isinstance(config.get_text_config(), chosen.config_class):
+    wanted = chosen.config_class or PreTrainedConfig
+    if not isinstance(config, wanted) and isinstance(config.get_text_config(), wanted):
         config = config.get_text_config()
     with torch.no_grad(), local_torch_dtype(dtype, chosen.__name__), no_tie_weights(), parameters_on_meta():
-        model = chosen(config)
-    return model.eval()
+        model: PreTrainedModel = chosen(config)
+    model.eval()
+    return model

@@ -60,6 +60,6 @@ def read_tensor(tensor: Tensor) -> torch.Tensor:
     buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
-        if tensor.nbytes and file.readinto(memoryview(buffer.numpy())) != tensor.nbytes:
+        if tensor.nbytes and file.readinto(buffer.numpy().data) != tensor.nbytes:
             raise InputError(f"{tensor.file} became shorter while it was read; nobody may write to the model meanwhile")
     return buffer.view(DTYPES[tensor.dtype]).view(tensor.shape)

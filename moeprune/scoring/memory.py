@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 from pathlib import Path
 
 import torch
@@ -25,6 +26,16 @@ def available() -> int:
         limit, used = (int(path.read_text(encoding="ascii")) for path in CGROUP)
         free = min(free or limit, limit - used)
     return free or 2**62  # unknown on this system: let it try
+
+
+def peak(device: torch.device) -> int:
+    """The most memory in bytes that this process has taken, on the device that computes."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(FileNotFoundError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # elsewhere; may count the parent process too
 
 
 def check_memory(loader: LayerLoader, device: torch.device) -> bool:

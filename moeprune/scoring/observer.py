@@ -1,21 +1,22 @@
 """Watch what each routed expert does while the model runs: REAP's sums, from outputs that the forward computes anyway.
 
 The model routes; the observer only looks. It sees the indices and gate values that the model itself multiplies with,
-whatever its router does (softmax, sigmoid, bias, groups, scaling), and the experts' outputs before that product. How it
-gets at them in a given family of models is in adapters.py.
+whatever its router does (softmax, sigmoid, bias, groups, scaling), and the experts' outputs before that product. How
+it gets at them in a given family of models is in adapters.py.
 
 Modes: `routed` sums over the tokens routed to an expert. `full` adds, for every expert on every token, the router's
-probability times the output norm: E/k times the experts' work, in chunks of bounded memory. `router` looks at no output:
-the router's probability times the norm of the layer's input. The probability is the router's score of an expert divided
-by that token's scores of all experts: for a softmax router the softmax, for a sigmoid router the normalised sigmoid.
+probability times the output norm: E/k times the experts' work, in chunks of bounded memory. `router` looks at no
+output: the router's probability times the norm of the layer's input. The probability is the router's score of an
+expert divided by that token's scores of all experts: for a softmax router the softmax, for a sigmoid router the
+normalised sigmoid.
 
-Legend of the array suffixes: B rows of a batch, T tokens, K experts per token, S = T * K slots sorted by expert,
-E experts, H hidden.
+Legend of the array suffixes: B rows of a batch, T tokens, K experts per token, S = T * K slots sorted by expert, E
+experts, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +27,11 @@ from moeprune.errors import InputError, MachineError
 from moeprune.metadata import BlockSums, Sums
 from moeprune.scoring.batching import SLICES, Batch
 from moeprune.scoring.streaming import LayerStream
-from moeprune.scoring.tally import Tally, sums_from_tensors, sums_to_tensors
-
+from moeprune.scoring.tally import Tally, row_sizes, sums_from_tensors, sums_to_tensors
 
 FULL_BYTES = 256_000_000  # for the outputs of all experts on a chunk of tokens, in mode full
 # Scores from the output of a router. The first that explains the gate values is taken.
-SCORING = {
+SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "sqrt of softplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
@@ -158,8 +158,8 @@ class Observer:
         assert site.slots is not None
         slots, tally = site.slots, self._tallies[site.path]
         if site.all_tokens is not None:
-            norm_S = torch.linalg.vector_norm(y_SH, dim=-1, dtype=torch.float32).double()
-            tally.add("full_sum", slots.expert_S, slots.bucket_S, slots.gate_S * norm_S)
+            norm_S, _ = row_sizes(y_SH)
+            tally.add("full_sum", slots.expert_S, slots.bucket_S, slots.gate_S * norm_S.double())
         elif self.mode != "router":
             tally.add_outputs(slots.expert_S, slots.bucket_S, slots.gate_S, y_SH)
         return y_SH
@@ -192,7 +192,7 @@ def _finite(sums: BlockSums, dtype: torch.dtype) -> BlockSums:
 
 
 def scoring_function(scores_TE: torch.Tensor, slots: Slots) -> str:
-    """How this router turns its output into scores: the function to which the gate values are proportional, token by token.
+    """How this router turns its output into scores: the function that its gate values are proportional to.
 
     A router may put out logits or scores. Among the experts chosen for a token, gate / score is the same for the right
     function, renormalised and scaled or not.

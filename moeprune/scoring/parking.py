@@ -1,8 +1,9 @@
 """What a forward holds while it waits in front of a layer: kept on the device, else in memory, else in a file.
 
-A waiting forward keeps its tensors in its own local variables, where nobody else can reach them. But the tensors that it
-hands to the next layer are the same objects, so their storage can be exchanged in place, and put back before the forward
-goes on. The embeddings, which many models keep to their end, are seen at the first layer and stay known from then on.
+A waiting forward keeps its tensors in its own local variables, where nobody else can reach them. But the tensors that
+it hands to the next layer are the same objects, so their storage can be exchanged in place, and put back before the
+forward goes on. The embeddings, which many models keep to their end, are seen at the first layer and stay known from
+then on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Go on after a kill: what the last saved layer put out for every batch, and the sums up to it.
 
 On the next run every layer of that stack up to the saved one just hands out its saved output, so nothing before it is
-loaded or computed, and the layers behind it run as usual. That needs no knowledge of the model, and gives the same bits.
-A state is written into a folder of its own; renaming state.json over the old one makes it valid.
+loaded or computed, and the layers behind it run as usual. That needs no knowledge of the model, and gives the same
+bits. A state is written into a folder of its own; renaming state.json over the old one makes it valid.
 """
 
 from __future__ import annotations

@@ -91,4 +91,3 @@ class LayerProgress:
         """One more layer."""
         seconds = max(time.monotonic() - self.begun, 1e-9)
         self.bar.step(f"{self.tokens / seconds:,.0f} tokens/s, {console.size(peak(self.device))} at most")
-

@@ -1,9 +1,9 @@
 """Run a model's own forward with one layer in memory at a time.
 
-Every batch's forward runs in a greenlet, a function that can be left in its middle and entered again. A hook in front of
-each layer leaves it. The scheduler then loads that layer once, lets every waiting batch pass it, drops it and goes on.
-Masks, rotary tables and whatever else the model does between its layers stay its own code, so the result is that of the
-model in memory, to the bit, and there is no line here about any family of models.
+Every batch's forward runs in a greenlet, a function that can be left in its middle and entered again. A hook in front
+of each layer leaves it. The scheduler then loads that layer once, lets every waiting batch pass it, drops it and goes
+on. Masks, rotary tables and whatever else the model does between its layers stay its own code, so the result is that
+of the model in memory, to the bit, and there is no line here about any family of models.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class LayerStream:
         self.model = build(checkpoint, settings)
         self.layers = find_layers(self.model)
         if not self.layers:
-            raise InputError(f"{type(self.model).__name__} marks no layers as transformers does, so it cannot be streamed")
+            raise InputError(
+                f"{type(self.model).__name__} marks no layers as transformers does, so it cannot be streamed"
+            )
         self.order = {name: i for i, name in enumerate(self.layers)}
         self.loader = LayerLoader(self.model, checkpoint, tuple(self.layers), self.device)
         self.reads_ahead = check_memory(self.loader, self.device)
@@ -80,7 +82,8 @@ class LayerStream:
         """Call every forward with the model, layer by layer; their results in order.
 
         With `until`, each forward is left for good behind that layer and its result is None: what comes later, such as
-        the head, is neither loaded nor run. With `state`, finished layers are saved, and those of an earlier run skipped.
+        the head, is neither loaded nor run. With `state`, finished layers are saved and those of an
+        earlier run skipped.
         """
         results: list[Result | None] = [None] * len(forwards)
 

@@ -17,11 +17,12 @@ from moeprune.scoring.batching import SLICES
 
 WEIGHTS = ("count", "gate_sum", "gate_sq_sum")  # known from the router alone
 NORMS = ("norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_norm_sq_sum")
+PIECE = 2**19  # elements that are widened at once: 2 MB, which stay in the cache
 SLICED = ("count", "gate_norm_sum", "full_sum", "router_sum")
 
 
 def bucket_sums(bucket_S: torch.Tensor, value_S: torch.Tensor, buckets: int) -> torch.Tensor:
-    """The sum of the values of each bucket, in float64 and in a fixed order, so that a second run gives the same bits."""
+    """The sum of the values of each bucket, in float64 and in a fixed order: a second run gives the same bits."""
     value_S = value_S.double()
     if value_S.device.type == "cpu":
         return torch.bincount(bucket_S, weights=value_S, minlength=buckets)
@@ -29,9 +30,26 @@ def bucket_sums(bucket_S: torch.Tensor, value_S: torch.Tensor, buckets: int) -> 
     return empty.index_put_((bucket_S,), value_S, accumulate=True)  # sorts first; index_add_ would race
 
 
-def largest_component(y_SH: torch.Tensor) -> torch.Tensor:
-    """The largest absolute component of each row; two plain reductions are faster than one infinity norm."""
-    return torch.maximum(y_SH.amax(-1), -y_SH.amin(-1)).float()
+def row_sizes(y_SH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Euclidean norm of each row and its largest absolute component, both computed in float32.
+
+    On a CPU, rows of a half type are widened piece by piece within the cache, which is seven times faster than to let
+    the norm convert each element.
+    """
+    if y_SH.dtype == torch.float32 or y_SH.device.type != "cpu":
+        norm_S = torch.linalg.vector_norm(y_SH, dim=-1, dtype=torch.float32)
+        # Two plain reductions; an infinity norm is slower.
+        return norm_S, torch.maximum(y_SH.amax(-1), -y_SH.amin(-1)).float()
+    norm_S, largest_S = torch.empty(len(y_SH)), torch.empty(len(y_SH))
+    step = max(1, PIECE // y_SH.shape[-1])
+    piece_SH = torch.empty(min(step, len(y_SH)), y_SH.shape[-1])
+    for start in range(0, len(y_SH), step):
+        rows = slice(start, start + step)
+        part_SH = piece_SH[: len(y_SH[rows])]
+        part_SH.copy_(y_SH[rows])
+        torch.linalg.vector_norm(part_SH, dim=-1, out=norm_S[rows])
+        torch.maximum(part_SH.amax(-1), -part_SH.amin(-1), out=largest_S[rows])
+    return norm_S, largest_S
 
 
 class Tally:
@@ -74,18 +92,19 @@ class Tally:
     ) -> None:
         """The experts' outputs before the gate multiplies them."""
         key_S, gate_S = expert_S * self.buckets + bucket_S, gate_S.double()
-        norm_S = torch.linalg.vector_norm(y_SH, dim=-1, dtype=torch.float32).double()
+        norm_S, largest_S = row_sizes(y_SH)
+        norm_S = norm_S.double()
         product_S = gate_S * norm_S
         values = (norm_S, norm_S.square(), product_S, product_S.square())
         for name, value_S in zip(NORMS, values, strict=True):
             self._add(name, key_S, value_S)
         if "max_abs" not in self.sums:
             self.sums["max_abs"] = self._zeros(self.experts * self.buckets)
-        self.sums["max_abs"].scatter_reduce_(0, key_S, largest_component(y_SH).double(), "amax")
+        self.sums["max_abs"].scatter_reduce_(0, key_S, largest_S.double(), "amax")
         self._add_vectors(expert_S, bucket_S, y_SH)
 
     def _add_vectors(self, expert_S: torch.Tensor, bucket_S: torch.Tensor, y_SH: torch.Tensor) -> None:
-        """Sum the rows of each expert and domain. A bag of rows is four times faster than index_add_, and never races."""
+        """Sum the rows of each expert and domain. A bag of rows is far faster than index_add_, and never races."""
         domains = self.domains + 1
         key_S = expert_S * domains + bucket_S // SLICES
         sorted_S, order_S = torch.sort(key_S, stable=True)
@@ -124,7 +143,8 @@ class Tally:
 
 
 def _by_domain(tokens_G: Array) -> Array:
-    return tokens_G.reshape(-1, SLICES).sum(1)
+    tokens_D: Array = tokens_G.reshape(-1, SLICES).sum(1)
+    return tokens_D
 
 
 def sums_to_tensors(sums: BlockSums) -> dict[str, Any]:
