@@ -39,6 +39,30 @@ GATE, GATE_FOUND = {"mlp.gate.weight": [E, 16]}, {"mlp.gate.weight": "router 0"}
 SHARED = {"mlp.shared_expert.up_proj.weight": [E, 16], "mlp.shared_expert_gate.weight": [1, 16]}
 W123 = {f"experts.{{e}}.{w}.weight": [4, 16] for w in ("w1", "w2", "w3")}
 FFN = {f"ffn.{name}": shape for name, shape in W123.items()}
+CT = {
+    "weight_packed": ("I32", [4, 2]),
+    "weight_scale": [4, 1],
+    "weight_shape": ("I64", [2]),
+    "weight_zero_point": ("I32", [1, 1]),
+    "weight_g_idx": ("I32", [16]),
+}
+FP4 = {
+    "weight_packed": ("U8", [4, 8]),
+    "weight": ("U8", [4, 8]),
+    "weight_scale": ("F8_E4M3", [4, 1]),
+    "weight_global_scale": ("F32", [1]),
+    "weight_scale_2": ("F32", []),
+    "input_global_scale": ("F32", [1]),
+    "input_scale": ("F32", []),
+    "pre_quant_scale": [16],
+}
+MODELOPT = {
+    "": ("U8", [E, 16, 4]),
+    "_weight_scale": ("F8_E4M3", [E, 16, 1]),
+    "_weight_scale_2": ("F32", [E, 2]),
+    "_input_scale": ("F32", []),
+}
+TORCHAO = {"qdata": 16, "scale": 1, "zero_point": 1}
 
 CASES = {
     "gpt-oss mxfp4": Case(
@@ -190,6 +214,25 @@ CASES = {
               | {"mlp.experts.{e}.up_proj.scales": ("F16", [1, 8]), "mlp.experts.{e}.up_proj.g_idx": ("I32", [16])}),
         {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in ("qweight", "qzeros", "scales", "g_idx")}
          | GATE_FOUND},
+    ),
+    "compressed-tensors INT4, NVFP4 and modelopt per expert": Case(
+        {"model_type": "qwen3_moe", "num_experts": E},
+        layer("model.layers.0", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in CT.items()})
+        | layer("model.layers.1", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in FP4.items()}),
+        {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in CT} | GATE_FOUND,
+         "model.layers.1": {f"mlp.experts.N.up_proj.{k}": "expert" for k in FP4} | GATE_FOUND},
+    ),
+    "modelopt NVFP4, stacked": Case(
+        {"model_type": "llama4", "text_config": {"num_local_experts": E}},
+        layer("model.layers.0", {f"feed_forward.experts.gate_up_proj{k}": v for k, v in MODELOPT.items()}
+              | {"feed_forward.router.weight": [E, 16]}),
+        {"model.layers.0": {f"feed_forward.experts.gate_up_proj{k}": "rows 0" for k in MODELOPT if k != "_input_scale"}
+         | {"feed_forward.router.weight": "router 0"}},
+    ),
+    "torchao": Case(
+        {"model_type": "qwen3_moe", "num_experts": E, "quantization_config": {"quant_method": "torchao"}},
+        layer("model.layers.0", GATE | {f"mlp.experts._down_proj_{k}": ("I8", [E, 4, n]) for k, n in TORCHAO.items()}),
+        {"model.layers.0": {f"mlp.experts._down_proj_{k}": "rows 0" for k in TORCHAO} | GATE_FOUND},
     ),
     "a model that is as wide as it has experts": Case(
         {"model_type": "mixtral", "num_local_experts": E, "hidden_size": E},
