@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -231,8 +232,9 @@ def new_name(part: Part, experts: int, keep: Sequence[int]) -> str | None:
     """The name of a tensor of one expert after the cut, or None when it goes. `keep` is the block's keep-list."""
     if part.kind == "tail":
         return renamed(part, part.expert - experts + len(keep))
-    staying = [new // part.share for new, old in enumerate(keep) if old // part.share == part.expert]
-    return renamed(part, staying[0] + part.shift * len(keep)) if staying else None
+    at = bisect_left(keep, part.expert * part.share)  # searched, not scanned: large models ask 100,000 times
+    stays = at < len(keep) and keep[at] // part.share == part.expert
+    return renamed(part, at // part.share + part.shift * len(keep)) if stays else None
 
 
 def updated_config(checkpoint: Checkpoint, layout: Layout, kept: int) -> dict[str, Any]:
