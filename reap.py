@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune import console, errors
 from moeprune.checking import report
 from moeprune.checkpoint.families import Layout, understand
 from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
-from moeprune.metadata import Sums, digest, header, is_current, to_text, write_json
+from moeprune.metadata import Sums, digest, header, is_current, read_result, to_text, write_json
 from moeprune.planning.decision import PLANNING, check_wishes, choose_count, decide, samples_by_domain
 from moeprune.planning.plan import Limits
 from moeprune.settings import FIELDS, Settings, resolve
@@ -34,6 +37,7 @@ def main(argv: list[str]) -> None:
     made_from = inputs_fingerprint(settings, checkpoint)
     if not settings.force and is_current(result, KIND, made_from):
         console.say(f"{result} is current: same model, calibration and settings; --force scores again")
+        plan_again(result, settings, layout)
     else:
         write_json(result, score(settings, checkpoint, layout, made_from, begun))
         report.write(settings.output_path)
@@ -62,7 +66,7 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
     sums = score_experts(settings, checkpoint, layout, calibration, made_from)
     seconds = time.monotonic() - scoring_begun
     summarise(sums, calibration, seconds)
-    plan = planned(settings, layout, sums, calibration)
+    plan = planned(settings, layout, sums, calibration.summary)
     return {
         **header(KIND, ("torch", "transformers", "safetensors", "numpy")),
         "settings": settings.public(),
@@ -107,7 +111,7 @@ def limits_of(layout: Layout) -> Limits:
     return Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
 
 
-def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Calibration) -> dict[str, Any] | None:
+def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Mapping[str, Any]) -> dict[str, Any] | None:
     """The plan at the configured ratio, or nothing: scores alone are a result too, and stage 2 plans anew."""
     limits = limits_of(layout)
     choice = choose_count(settings, limits, layout.model_type)
@@ -116,7 +120,7 @@ def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Calibra
     trunk = [block.name for block in layout.blocks if block.role == "trunk"]
     for warning in choice.warnings:
         console.warn(warning)
-    samples = samples_by_domain(calibration.summary)
+    samples = samples_by_domain(calibration)
     try:
         made = decide(settings, sums, choice.count, limits, trunk=trunk, unscored=unscored, samples=samples)
     except errors.UsageError as error:
@@ -125,6 +129,21 @@ def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Calibra
     for line in made.sentences():
         console.say(line)
     return made.to_json()
+
+
+def plan_again(result: Path, settings: Settings, layout: Layout) -> None:
+    """The plan from stored sums where the wishes for it have changed; nothing is scored."""
+    data = read_result(result, KIND)
+    then, now = data["settings"]["values"], settings.public()["values"]
+    if all(then.get(name) == now[name] for name in PLANNING):
+        return
+    console.say("the wishes for the plan have changed: planning again from the same scores")
+    sums = Sums.from_json(data["scores"])
+    check_wishes(replace(settings, scoring_mode=sums.mode), limits_of(layout), layout.model_type, sums.domains)
+    plan = planned(settings, layout, sums, data["inputs"]["calibration"])
+    warnings = list(dict.fromkeys([*data["warnings"], *console.warnings()]))
+    write_json(result, {**data, "settings": settings.public(), "plan": plan, "warnings": warnings})
+    report.write(settings.output_path)
 
 
 def summarise(sums: Sums, calibration: Calibration, seconds: float) -> None:

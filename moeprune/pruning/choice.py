@@ -97,7 +97,7 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, blo
         sums = _by_layer(sums, blocks)
     _check_same_blocks(sums, blocks, path)
     each = sum(bytes_per_expert(checkpoint, block) for block in blocks)
-    fixed = sum(checkpoint.tensors[name].nbytes for name in checkpoint.tensors) - each * layout.experts
+    fixed = sum(shard.stat().st_size for shard in checkpoint.shards) - each * layout.experts  # headers are in it
     limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
     count = decision.choose_count(settings, limits, layout.model_type, fixed_bytes=fixed, bytes_per_expert=each)
     scored = {block.block for block in sums.blocks}
