@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeprune.checking import statistics
+from moeprune.checking import fidelity, statistics
 from moeprune.settings import Settings
 
 PASS, FAIL, NOT_TESTED = "pass", "fail", "not tested"
@@ -49,6 +49,12 @@ def _fidelity(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     if not report.get("fidelity"):
         return [Check(name, NOT_TESTED, _missing(report)) for name in ("KL", "loss", "same top token")]
     row = report["fidelity"]["overall"]
+    if row["kl"] >= fidelity.NOT_A_NUMBER:
+        return [
+            Check(
+                "KL", FAIL, "what the pruned model computes is not a number: weights are NaN, infinite or far too large"
+            )
+        ]
     low, high = row["kl_interval"]
     kl = f"mean KL divergence to the parent {row['kl']:.3f} ({low:.3f} to {high:.3f}), median {row['kl_median']:.3f}"
     loss = f"{row['parent_loss']:.3f} -> {row['loss']:.3f} nats per token"

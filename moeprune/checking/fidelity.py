@@ -23,6 +23,7 @@ from moeprune.checking.samples import Batch, Sample
 from moeprune.checking.subject import Head
 
 CHUNK_NUMBERS = 32_000_000  # logits held at once per model: 128 MB in float32
+NOT_A_NUMBER = 1e9  # JSON knows neither infinity nor NaN
 MEASURES = ("parent_loss", "loss", "kl", "same_top")
 
 
@@ -108,5 +109,5 @@ def _per_sample(row: Tokens, name: str) -> tuple[list[float], list[float]]:
 
 
 def _finite(value: float) -> float:
-    """JSON knows no infinity: a model that says "impossible" or NaN shows as this large number."""
-    return float(value) if math.isfinite(value) else 1e9
+    """A value that JSON can hold."""
+    return float(value) if math.isfinite(value) else NOT_A_NUMBER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,18 @@ def cut(source: Path, target: Path, keep: dict[int, Sequence[int]], spoil: Calla
     config = json.loads((source / "config.json").read_text())
     kept = len(next(iter(keep.values())))
     config |= {key: kept for key in COUNT_KEYS if key in config}
-    smaller = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    smaller = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=model.dtype)
     smaller.load_state_dict({name: _taken(name, value, keep) for name, value in model.state_dict().items()})
     with torch.no_grad():
         if spoil is not None:
             spoil(smaller)
     smaller.save_pretrained(target)
-    tokenizer(target)
+    for path in source.iterdir():
+        if path.suffix in {".json", ".jinja"} and not (target / path.name).exists():
+            shutil.copy(path, target)
     plan = {"keep": {f"model.layers.{layer}": list(ids) for layer, ids in keep.items()}}
-    metadata = {"schema_version": "1.0", "kind": "reap_metadata", "plan": plan}
+    about = {"model": {"path": str(source)}}
+    metadata = {"schema_version": "1.0", "kind": "reap_metadata", "inputs": about, "plan": plan}
     (target / "reap_metadata.json").write_text(json.dumps(metadata))
     return target
 
