@@ -51,7 +51,8 @@ class Outcome:
             lines.append(f"saliency kept, worst domain first: {', '.join(shown)}")
         if self.never_routed:
             measured = sum(len(block.scores) for block in self.blocks)
-            lines.append(f"{self.never_routed} of {measured} experts saw no token at all; they are removed first")
+            stay = sum(len({*block.never_routed} & {*block.keep}) for block in self.blocks)
+            lines.append(f"{self.never_routed} of {measured} experts saw no token at all; {stay} of them stay")
         blind = [block.block for block in self.blocks if not block.scores]
         if blind:
             lines.append(f"{', '.join(blind)} had no scores: evenly spaced experts stay there")
