@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from moeprune import console
 from moeprune.errors import InputError, UsageError
 from moeprune.scoring.batching import PACKS, can_pack, fill_rows, packed, unpacked
 from moeprune.scoring.calibration import load_calibration
@@ -124,6 +125,14 @@ def test_special_tokens_can_be_left_out(tmp_path, special_tokens):
     )
     assert counted == (whole if special_tokens == "count" else "userab\nassistantcde\n")
     assert calibration.summary["tokens"] == int((batch.domain_BT >= 0).sum())
+
+
+def test_a_thinking_setting_that_changes_nothing_is_said(tmp_path):
+    path = data(tmp_path, [{"prompt": "a", "answer": "b"}])
+    for name, said in (("qwen3", False), ("chatml", True)):
+        before = len(console.warnings())
+        load_calibration(Settings(calibration_path=path, thinking="off"), byte_tokenizer.of_family(name), CONFIG)
+        assert ("thinking=off changes nothing" in " ".join(console.warnings()[before:])) is said
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

@@ -48,6 +48,14 @@ def test_running_text_gets_one_begin_token(name, brings_its_own):
     assert tokens(Sample("prose", text=begin * brings_its_own + text), name) == begin + text
 
 
+def test_a_template_without_begin_token_gets_none():
+    """The tokenizer would add one to running text; served chats carry only what the template writes."""
+    tokenizer = byte_tokenizer.plain(("<s>", "</s>"), bos=True)
+    tokenizer.chat_template = FAMILIES["chatml"].template
+    ids = encode(*render(Sample("chat", messages=CHAT), tokenizer, RULES), tokenizer)
+    assert tokenizer.decode(ids) == FAMILIES["chatml"].expected
+
+
 @pytest.mark.parametrize(("name", "thinking"), [(n, t) for n, family in FAMILIES.items() for t in family.thinking])
 def test_thinking_switch(name, thinking):
     rules = Rules(2048, thinking=thinking)
