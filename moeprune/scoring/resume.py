@@ -27,8 +27,8 @@ FIRST_SAVE_S = 0.5  # assumed cost of the first save, before one was measured
 class SavedState:
     """The folder with the state of one run."""
 
-    def __init__(self, folder: Path, fingerprint: str, collect: Callable[[], Any], share: float = SHARE) -> None:
-        self.folder, self.fingerprint, self.collect, self.share = folder, fingerprint, collect, share
+    def __init__(self, folder: Path, fingerprint: str, collect: Callable[[], Any]) -> None:
+        self.folder, self.fingerprint, self.collect = folder, fingerprint, collect
         self.layer: str | None = None  # the last saved layer of an earlier run
         self._data: Path | None = None
         self._writing: Path | None = None
@@ -69,7 +69,7 @@ class SavedState:
 
     def begin(self, layer: str) -> bool:
         """A layer is about to run: whether its outputs are to be kept."""
-        if time.monotonic() - self._last < self._cost_s / self.share:
+        if time.monotonic() - self._last < self._cost_s / SHARE:
             return False
         self._writing = self.folder / f"behind-{layer}"
         self._writing.mkdir(parents=True, exist_ok=True)
