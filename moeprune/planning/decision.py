@@ -38,14 +38,16 @@ def choose_count(
     """The count from --keep, --target-size or --prune-ratio, moved to what the named engines accept.
 
     bytes_per_expert is what one expert of every layer takes together, fixed_bytes all the rest; where they are not
-    known, a target size is left aside. A count given by --keep beats the others and is never moved: it is refused with
-    the reason. Without a named engine the common ones only warn.
+    known, a target size is left aside. A count given by --keep is never moved: it is refused with the reason. Without a
+    named engine the common ones only warn.
     """
-    target = settings.target_size if bytes_per_expert and not settings.keep else 0
+    wish = _strongest(settings)
+    keep = settings.keep if wish == "keep" else 0
+    target = settings.target_size if wish == "target_size" and bytes_per_expert else 0
     asked = keep_count(
         limits,
         ratio=settings.prune_ratio,
-        keep=settings.keep,
+        keep=keep,
         target_bytes=target,
         fixed_bytes=fixed_bytes,
         bytes_per_expert=bytes_per_expert,
@@ -55,16 +57,29 @@ def choose_count(
     count = engines.snap(case, named, -1 if target else 1)
     reasons = [str(o) for o in engines.objections(case, named) if o.severity == "fail"]
     reasons = reasons or [f"{asked} do not divide among {settings.expert_parallel} expert-parallel ranks"]
-    if settings.keep and count != asked:
+    if keep and count != asked:
         raise UsageError(f"--keep {asked}: {'; '.join(reasons)}; the nearest that works is {count}")
     notes = [f"{count} experts stay instead of {asked}: {'; '.join(reasons)}"] if count != asked else []
-    plain = asked if target or settings.keep else plain_count(limits.experts, settings.prune_ratio)
+    plain = asked if target or keep else plain_count(limits.experts, settings.prune_ratio)
     if asked != plain:
         notes.insert(0, f"{asked} experts stay instead of {plain}: {limits.objection(plain)}")
     if target:
         notes.append(f"{count} experts in each layer make {size(fixed_bytes + count * bytes_per_expert)}")
     chosen = engines.Case(count, limits, model_type, settings.expert_parallel, settings.tensor_parallel)
     return Choice(count, tuple(notes), tuple(_warnings(chosen, named or engines.COMMON)))
+
+
+def _strongest(settings: Settings) -> str:
+    """Which wish counts: the one from the strongest place, so that a flag beats another wish in `.env`."""
+    wishes = [name for name in ("keep", "target_size") if getattr(settings, name)] + ["prune_ratio"]
+    return max(wishes, key=lambda name: _strength(settings.origin.get(name, "default")))  # the first of equals
+
+
+def _strength(origin: str) -> int:
+    """3 a flag, 2 the environment, 1 a file, 0 the default; settings.resolve words them so."""
+    if origin == "default":
+        return 0
+    return 3 if origin.startswith("--") else 2 if origin.startswith("environment ") else 1
 
 
 def _warnings(case: engines.Case, names: Sequence[str]) -> list[str]:

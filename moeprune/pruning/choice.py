@@ -75,7 +75,7 @@ def _from_plan(settings: Settings, layout: Layout, blocks: Sequence[Block], limi
     keep = {block: tuple(ids) for block, ids in lists.items()}
     count = len(next(iter(keep.values())))
     check_count(count, limits)
-    suits = decision.choose_count(replace(settings, keep=count, target_size=0), limits, layout.model_type)
+    suits = decision.choose_count(replace(settings, keep=count, target_size=0, origin={}), limits, layout.model_type)
     blind = {block.name: block.experts for block in blocks if block.role != "trunk" and block.name not in keep}
     keep |= make_plan({}, count, limits, unscored=blind).keep
     return Choice(keep, count, path, suits.notes, suits.warnings)

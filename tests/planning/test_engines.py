@@ -9,7 +9,7 @@ from moeprune.planning import engines
 from moeprune.planning.decision import choose_count
 from moeprune.planning.engines import Case
 from moeprune.planning.plan import Limits
-from moeprune.settings import Settings
+from moeprune.settings import Settings, resolve
 
 QWEN = Limits(128, 8)
 V3 = Limits(256, 8, 8, 4)
@@ -88,6 +88,24 @@ def test_a_target_size_moves_down():
     assert choose_count(settings(target_size=18_000), V4, **options).count == 170
     with pytest.raises(UsageError, match="at most 7"):
         choose_count(settings(target_size=1_700, engine="vllm", expert_parallel=16), Limits(256, 4), **options)
+
+
+def test_the_wish_from_the_strongest_place_counts(tmp_path):
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("REAP_KEEP=96\nREAP_TARGET_SIZE=9kB\n")
+    sizes = {"fixed_bytes": 1_000, "bytes_per_expert": 100}
+
+    def count(*flags, **environment):
+        chosen = resolve("prune", flags, {f"REAP_{k.upper()}": v for k, v in environment.items()}, dotenv)
+        return choose_count(chosen, QWEN, **sizes).count
+
+    assert count() == 96
+    assert count("--prune-ratio", "0.25") == count(prune_ratio="0.25") == 96 == 128 - 32
+    assert count("--prune-ratio", "0.75") == count(prune_ratio="0.75") == 32
+    assert count("--target-size", "5kB") == count(target_size="5kB") == 40
+    assert count("--target-size", "5kB", "--keep", "64", prune_ratio="0.75") == 64
+    assert count("--target-size", "5kB", keep="64") == 40
+    assert count(keep="64", prune_ratio="0.75") == 64
 
 
 def test_parallel_ranks_that_no_count_can_mend():
