@@ -297,11 +297,15 @@ def train(rank: int, batches: list[tuple[torch.Tensor, torch.Tensor]], folder: P
 
 
 def save(model: Qwen3MoeForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """Write model and tokenizer in Hugging Face format, the number of experts under the name that Qwen publishes."""
+    """Write model and tokenizer in Hugging Face format, with the config as Qwen publishes it: other engines read that."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"num_local_experts"', '"num_experts"'))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["num_experts"] = config.pop("num_local_experts")
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["rope_scaling"] = None
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:
