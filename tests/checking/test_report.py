@@ -175,10 +175,8 @@ def test_text_is_never_markup():
 
 
 def test_the_card_carries_the_licence_and_the_numbers(output):
-    pruned = output / "pruned"
-    (pruned / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: x\nlanguage:\n- en\n- fr\nfoo: bar\n---\n# Parent\n"
-    )
+    pruned, head = output / "pruned", "license: other\nlicense_name: x\nlanguage:\n- en\n- fr\n"
+    (pruned / "README.md").write_text(f"---\n{head}foo: bar\n---\n# Parent\n")
     (pruned / "LICENSE").write_text("terms")
     result = json.loads((output / "test_report.json").read_text())
     card = model_card.write(pruned, DEMO, result).read_text()
