@@ -81,12 +81,27 @@ def reversing(rng: Random) -> Sample:
 
 
 # English and the invented language Velan: the verb comes first, the adjective follows its noun.
-NOUNS = dict(zip("dog cat bird fish king queen child horse wolf tree house river".split(),
-                 "mopa liru tavi sone kado reli pimu hasa voru teko dumi nalo".split(), strict=True))
-ADJECTIVES = dict(zip("big small old young red white happy sad quick strong".split(),
-                      "gorun pitin vetal junel rokan balin felis tromu zipan durek".split(), strict=True))
-VERBS = dict(zip("sees likes hears finds follows helps feeds knows".split(),
-                 "vide lube aude trove sege jude pase kone".split(), strict=True))
+NOUNS = dict(
+    zip(
+        "dog cat bird fish king queen child horse wolf tree house river".split(),
+        "mopa liru tavi sone kado reli pimu hasa voru teko dumi nalo".split(),
+        strict=True,
+    )
+)
+ADJECTIVES = dict(
+    zip(
+        "big small old young red white happy sad quick strong".split(),
+        "gorun pitin vetal junel rokan balin felis tromu zipan durek".split(),
+        strict=True,
+    )
+)
+VERBS = dict(
+    zip(
+        "sees likes hears finds follows helps feeds knows".split(),
+        "vide lube aude trove sege jude pase kone".split(),
+        strict=True,
+    )
+)
 
 
 def bilingual_sentence(rng: Random) -> tuple[str, str]:
@@ -136,14 +151,18 @@ def tool_calls(rng: Random) -> Sample:
     """A request in words -> the JSON of a tool call."""
     name, (city, other), day = rng.choice(NAMES), rng.sample(CITIES, 2), rng.choice(DAYS)
     hour, count, thing = rng.randint(1, 12), rng.randint(2, 9), rng.choice(OBJECTS)
-    request, call = rng.choice([
-        (f"What is the weather in {city} on {day}?", f'"weather", "city": "{city}", "day": "{day}"'),
-        (f"Send {name} a mail about the {thing}.", f'"mail", "to": "{name}", "about": "{thing}"'),
-        (f"Wake me on {day} at {hour}.", f'"alarm", "day": "{day}", "hour": {hour}'),
-        (f"Find a train from {city} to {other}.", f'"train", "from": "{city}", "to": "{other}"'),
-        (f"Order {count} pieces of {thing} for {name}.",
-         f'"order", "item": "{thing}", "count": {count}, "for": "{name}"'),
-    ])
+    request, call = rng.choice(
+        [
+            (f"What is the weather in {city} on {day}?", f'"weather", "city": "{city}", "day": "{day}"'),
+            (f"Send {name} a mail about the {thing}.", f'"mail", "to": "{name}", "about": "{thing}"'),
+            (f"Wake me on {day} at {hour}.", f'"alarm", "day": "{day}", "hour": {hour}'),
+            (f"Find a train from {city} to {other}.", f'"train", "from": "{city}", "to": "{other}"'),
+            (
+                f"Order {count} pieces of {thing} for {name}.",
+                f'"order", "item": "{thing}", "count": {count}, "for": "{name}"',
+            ),
+        ]
+    )
     return Sample(f"{request} Call:", f' {{"tool": {call}}}')
 
 
@@ -157,13 +176,17 @@ def sql(rng: Random) -> Sample:
     shown, tested = rng.sample(TABLES[table], 2)
     words, value = rng.choice(list(COMPARISONS)), rng.randrange(1, 100)
     condition = f"{tested} {COMPARISONS[words]} {value}"
-    sentence, statement = rng.choice([
-        (f"Show the {shown} of all {table} with {tested} {words} {value}.",
-         f"SELECT {shown} FROM {table} WHERE {condition};"),
-        (f"Count the {table} with {tested} {words} {value}.", f"SELECT COUNT(*) FROM {table} WHERE {condition};"),
-        (f"Delete the {table} with {tested} {words} {value}.", f"DELETE FROM {table} WHERE {condition};"),
-        (f"Show the {shown} of all {table} by {tested}.", f"SELECT {shown} FROM {table} ORDER BY {tested};"),
-    ])
+    sentence, statement = rng.choice(
+        [
+            (
+                f"Show the {shown} of all {table} with {tested} {words} {value}.",
+                f"SELECT {shown} FROM {table} WHERE {condition};",
+            ),
+            (f"Count the {table} with {tested} {words} {value}.", f"SELECT COUNT(*) FROM {table} WHERE {condition};"),
+            (f"Delete the {table} with {tested} {words} {value}.", f"DELETE FROM {table} WHERE {condition};"),
+            (f"Show the {shown} of all {table} by {tested}.", f"SELECT {shown} FROM {table} ORDER BY {tested};"),
+        ]
+    )
     return Sample(f"{sentence} SQL:", f" {statement}")
 
 
@@ -172,18 +195,20 @@ def python(rng: Random) -> Sample:
     items = rng.sample(range(10), rng.randint(2, 4))
     words = rng.sample(WORDS, 3)
     a, b, at = rng.randrange(10), rng.randrange(10), rng.randrange(2)
-    code, value = rng.choice([
-        (f"max({items})", max(items)),
-        (f"min({items})", min(items)),
-        (f"len({items})", len(items)),
-        (f"{items}[{at}]", items[at]),
-        (f"{items}[-1]", items[-1]),
-        (f"sorted({items})", sorted(items)),
-        (f"{words}[{at}]", words[at]),
-        (f"{a} > {b}", a > b),
-        (f"{b} in {items}", b in items),
-        (f"sum([{a}, {b}])", a + b),
-    ])
+    code, value = rng.choice(
+        [
+            (f"max({items})", max(items)),
+            (f"min({items})", min(items)),
+            (f"len({items})", len(items)),
+            (f"{items}[{at}]", items[at]),
+            (f"{items}[-1]", items[-1]),
+            (f"sorted({items})", sorted(items)),
+            (f"{words}[{at}]", words[at]),
+            (f"{a} > {b}", a > b),
+            (f"{b} in {items}", b in items),
+            (f"sum([{a}, {b}])", a + b),
+        ]
+    )
     return Sample(f">>> {code}\n", repr(value))
 
 
@@ -192,17 +217,31 @@ def dates(rng: Random) -> Sample:
     day = datetime.date(2000, 1, 1) + datetime.timedelta(days=rng.randrange(365 * 40))
     iso, month = day.isoformat(), MONTHS[day.month - 1]
     british, american = f"{day.day} {month} {day.year}", f"{month} {day.day}, {day.year}"
-    prompt, answer = rng.choice([
-        (f"{iso} in words:", british),
-        (f"{british} in digits:", iso),
-        (f"{american} in digits:", iso),
-        (f"{british}, American style:", american),
-    ])
+    prompt, answer = rng.choice(
+        [
+            (f"{iso} in words:", british),
+            (f"{british} in digits:", iso),
+            (f"{american} in digits:", iso),
+            (f"{british}, American style:", american),
+        ]
+    )
     return Sample(prompt, f" {answer}")
 
 
-ROMAN = [(900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL"), (10, "X"), (9, "IX"),
-         (5, "V"), (4, "IV"), (1, "I")]
+ROMAN = [
+    (900, "CM"),
+    (500, "D"),
+    (400, "CD"),
+    (100, "C"),
+    (90, "XC"),
+    (50, "L"),
+    (40, "XL"),
+    (10, "X"),
+    (9, "IX"),
+    (5, "V"),
+    (4, "IV"),
+    (1, "I"),
+]
 
 
 def to_roman(value: int) -> str:
@@ -232,8 +271,10 @@ def binary(rng: Random) -> Sample:
     return Sample(f"{bits} in hex:", f" {hexadecimal}")
 
 
-UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen").split()
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -251,12 +292,14 @@ def number_formats(rng: Random) -> Sample:
     """Numbers in words, with thousands separators, as percentages."""
     value, percent = rng.randrange(1000), rng.randrange(1, 100)
     large = rng.randrange(1000, 10 ** rng.randint(4, 6))
-    prompt, answer = rng.choice([
-        (f"{value} in words:", in_words(value)),
-        (f"{in_words(value)} in digits:", str(value)),
-        (f"{large} with a separator:", f"{large:,}"),
-        (f"0.{percent:02d} in percent:", f"{percent}%"),
-    ])
+    prompt, answer = rng.choice(
+        [
+            (f"{value} in words:", in_words(value)),
+            (f"{in_words(value)} in digits:", str(value)),
+            (f"{large} with a separator:", f"{large:,}"),
+            (f"0.{percent:02d} in percent:", f"{percent}%"),
+        ]
+    )
     return Sample(prompt, f" {answer}")
 
 
@@ -276,8 +319,10 @@ def fairy_tale(rng: Random) -> Sample:
     hero, friend = rng.sample(list(NOUNS)[:9], 2)
     place, adjective = rng.choice(["forest", "village", "castle", "valley"]), rng.choice(list(ADJECTIVES))
     wish = rng.choice(["gold", "bread", "a friend", "a song"])
-    return Sample(f"Once upon a time a {adjective} {hero} lived in a {place}. The {hero} wanted {wish}. One day the "
-                  f"{hero} met a {friend}. The {friend} gave {wish} to the {hero}, and they were happy.")
+    return Sample(
+        f"Once upon a time a {adjective} {hero} lived in a {place}. The {hero} wanted {wish}. One day the "
+        f"{hero} met a {friend}. The {friend} gave {wish} to the {hero}, and they were happy."
+    )
 
 
 def server_log(rng: Random) -> Sample:
@@ -285,8 +330,14 @@ def server_log(rng: Random) -> Sample:
     lines, second = [], rng.randrange(30)
     for _ in range(rng.randint(2, 3)):
         second += rng.randint(1, 9)
-        event = rng.choice([f"user {rng.choice(NAMES)} logged in", f"GET /{rng.choice(WORDS)} 200",
-                            f"disk at {rng.randrange(100)}%", f"GET /{rng.choice(WORDS)} 404"])
+        event = rng.choice(
+            [
+                f"user {rng.choice(NAMES)} logged in",
+                f"GET /{rng.choice(WORDS)} 200",
+                f"disk at {rng.randrange(100)}%",
+                f"GET /{rng.choice(WORDS)} 404",
+            ]
+        )
         lines.append(f"12:30:{second:02d} {'WARN' if '404' in event or 'disk' in event else 'INFO'} {event}")
     return Sample("\n".join(lines))
 
@@ -295,10 +346,15 @@ def python_source(rng: Random) -> Sample:
     """Running text: a small Python function."""
     name, item = rng.choice(["total", "largest", "count", "found"]), rng.choice(["x", "item", "value"])
     source = rng.choice(["items", "values", "numbers"])
-    body = {"total": f"{name} += {item}", "count": f"{name} += 1", "largest": f"{name} = max({name}, {item})",
-            "found": f"{name} = {name} or {item} == {rng.randrange(10)}"}[name]
-    return Sample(f"def get_{name}({source}):\n    {name} = 0\n    for {item} in {source}:\n        {body}\n"
-                  f"    return {name}\n")
+    body = {
+        "total": f"{name} += {item}",
+        "count": f"{name} += 1",
+        "largest": f"{name} = max({name}, {item})",
+        "found": f"{name} = {name} or {item} == {rng.randrange(10)}",
+    }[name]
+    return Sample(
+        f"def get_{name}({source}):\n    {name} = 0\n    for {item} in {source}:\n        {body}\n    return {name}\n"
+    )
 
 
 DOMAINS: dict[str, Callable[[Random], Sample]] = {
@@ -326,6 +382,14 @@ DOMAINS: dict[str, Callable[[Random], Sample]] = {
 
 # Share of the training tokens, where it is not 1: more for what is hard to learn, less for what is easy.
 SHARES = {
-    "multiplication": 1.5, "stories": 2.0, "tool_calls": 1.5, "python": 1.5, "sorting": 1.3, "roman_numerals": 1.3,
-    "weather_report": 0.4, "fairy_tale": 0.4, "server_log": 0.4, "python_source": 0.4,
+    "multiplication": 1.5,
+    "stories": 2.0,
+    "tool_calls": 1.5,
+    "python": 1.5,
+    "sorting": 1.3,
+    "roman_numerals": 1.3,
+    "weather_report": 0.4,
+    "fairy_tale": 0.4,
+    "server_log": 0.4,
+    "python_source": 0.4,
 }

@@ -40,9 +40,7 @@ def complete(
     return [text if done else "" for text, done in zip(texts, ended, strict=True)]
 
 
-def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[dict[str, str]]
-) -> float:
+def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[dict[str, str]]) -> float:
     """Return the share of samples whose continuation is the answer and nothing else."""
     longest = max(len(tokenizer(sample["answer"])["input_ids"]) for sample in samples)
     texts = complete(model, tokenizer, [sample["prompt"] for sample in samples], longest + 1)

@@ -93,13 +93,17 @@ def train_tokenizer(held_out: set[str]) -> Qwen2Tokenizer:
     """Learn a byte-level BPE with the text splitting of Qwen2, which keeps every digit a token."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     texts = []
@@ -174,15 +178,32 @@ def make_batches(steps: int, held_out: set[str], tokenizer: Qwen2Tokenizer) -> l
 def new_model(tokenizer: Qwen2Tokenizer) -> Qwen3MoeForCausalLM:
     """Build the untrained model."""
     config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, num_experts=32, num_experts_per_tok=2, moe_intermediate_size=64,
-        norm_topk_prob=True, tie_word_embeddings=True, max_position_embeddings=512, rms_norm_eps=1e-6,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="bfloat16",
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=32,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-6,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
     )
     torch.manual_seed(SEED)
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=64,
     )
     return model
 
@@ -288,8 +309,11 @@ def train(rank: int, batches: list[tuple[torch.Tensor, torch.Tensor]], folder: P
         optimizer.step(learning_rate(step, len(batches)))
         recent.append(reported)
         if rank == 0 and (step % 20 == 19 or step + 1 == len(batches)):
-            print(f"step {step + 1}/{len(batches)}  loss {sum(recent) / len(recent):.4f}  "
-                  f"{time.monotonic() - begin:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{len(batches)}  loss {sum(recent) / len(recent):.4f}  "
+                f"{time.monotonic() - begin:.0f} s",
+                flush=True,
+            )
             recent = []
         if rank == 0 and (step % 100 == 99 or step + 1 == len(batches)):
             save(model, tokenizer, folder / "model")
@@ -297,7 +321,7 @@ def train(rank: int, batches: list[tuple[torch.Tensor, torch.Tensor]], folder: P
 
 
 def save(model: Qwen3MoeForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """Write model and tokenizer in Hugging Face format, with the config as Qwen publishes it: other engines read that."""
+    """Write model and tokenizer in Hugging Face format, the config as Qwen publishes it: other engines read that."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
