@@ -5,7 +5,7 @@ Legend of the array suffixes: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from moeprune.scoring.documents import IMAGE, SLICES, Document
 
 __all__ = ["NOT_COUNTED", "SLICES", "Batch", "can_pack", "fill_rows", "packed", "unpacked"]
 
-NOT_COUNTED = -1  # the domain of padding
+NOT_COUNTED = -1  # the domain of padding, and of special tokens where they are left out
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Batch:
     """What one forward gets, and to which domain and slice each of its tokens belongs."""
 
     inputs: dict[str, torch.Tensor]  # keyword arguments of the model's forward
-    domain_BT: torch.Tensor  # int16, -1 does not count (padding)
+    domain_BT: torch.Tensor  # int16, -1 does not count
     slice_BT: torch.Tensor  # int8
 
 
@@ -76,10 +76,15 @@ def _empty(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _domain_of_tokens(document: Document, domains: Sequence[str]) -> torch.Tensor:
     domain_T = torch.full((len(document.ids),), domains.index(document.domain), dtype=torch.int16)
+    if document.uncounted:
+        domain_T[_among(document.ids, document.uncounted)] = NOT_COUNTED
     if document.seen:
-        seen_T = torch.isin(torch.tensor(document.ids), torch.tensor(sorted(document.image_tokens)))
-        domain_T[seen_T] = domains.index(document.domain + IMAGE)
+        domain_T[_among(document.ids, document.image_tokens)] = domains.index(document.domain + IMAGE)
     return domain_T
+
+
+def _among(ids: Sequence[int], chosen: Collection[int]) -> torch.Tensor:
+    return torch.isin(torch.tensor(ids), torch.tensor(sorted(chosen)))
 
 
 OPEN_ROWS = 64  # rows that packing keeps open: enough to fill them well, few enough to stay fast
@@ -125,7 +130,7 @@ def _packed(rows: Sequence[Sequence[Document]], domains: Sequence[str], length: 
         for document in row:
             end = start + len(document.ids)
             ids_BT[b, start:end] = torch.tensor(document.ids, dtype=torch.int64)
-            domain_BT[b, start:end] = domains.index(document.domain)
+            domain_BT[b, start:end] = _domain_of_tokens(document, domains)
             slice_BT[b, start:end] = document.slice
             start = end
             position_BT[b, start:] = torch.arange(length - start)  # the next document, or the padding, starts anew

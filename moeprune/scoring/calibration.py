@@ -47,9 +47,8 @@ def load_calibration(settings: Settings, tokenizer: Any, config: Any) -> Calibra
     if not plan.spec:
         console.say(BUILTIN_NOTE)
     rules = Rules(plan.max_seq_len, settings.thinking, settings.system_prompt)
-    encoder = Encoder(
-        tokenizer, config, rules, Reader(settings.image_pixels, settings.bad_images), settings.trust_remote_code
-    )
+    reader = Reader(settings.image_pixels, settings.bad_images)
+    encoder = Encoder(tokenizer, config, rules, reader, settings.trust_remote_code, settings.special_tokens == "count")
     documents = encoder.documents(_chosen(sources, plan, settings, encoder.skipped))
     check_vocabulary(documents, config)
     pad = _padding(tokenizer)
@@ -59,6 +58,8 @@ def load_calibration(settings: Settings, tokenizer: Any, config: Any) -> Calibra
         documents = [document for row in rows for document in row]
         domains = domains_of(documents)
         batches = packed(rows, domains, plan.max_seq_len, settings.batch_size, pad)
+        if len(rows) < plan.max_samples:
+            console.warn(f"the calibration data fills only {len(rows)} of {plan.max_samples} packed sequences")
     else:
         domains = domains_of(documents)
         batches = unpacked(documents, domains, settings.batch_size, pad)
@@ -102,7 +103,7 @@ def _summary(
         "max_seq_len": plan.max_seq_len,
         "packing": plan.packing,
         "samples": len(documents),
-        "tokens": sum(len(document.ids) for document in documents),
+        "tokens": sum(document.read + document.seen for document in documents),
         "domains": per_domain(documents),
         "skipped": {reason: count for reason, count in sorted(encoder.skipped.items()) if count},
         "bad_images": encoder.reader.bad,

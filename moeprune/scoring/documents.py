@@ -16,7 +16,7 @@ from moeprune import console
 from moeprune.errors import InputError
 from moeprune.scoring import images
 from moeprune.scoring.samples import Sample
-from moeprune.scoring.templates import Refused, Rules, encode, render
+from moeprune.scoring.templates import Refused, Rules, encode, render, thinking_switch
 
 SLICES = 4  # parts of each domain's samples, to see how stable the scores are
 IMAGE = " [image]"  # ending of the domain that the image tokens of a domain's samples belong to
@@ -30,13 +30,20 @@ class Document:
     domain: str
     slice: int
     image_tokens: frozenset[int] = frozenset()  # ids that stand for pieces of images
+    uncounted: frozenset[int] = frozenset()  # ids that the model gets but the sums leave out
     aligned: Mapping[str, torch.Tensor] = field(default_factory=dict)  # inputs with one value per token
     stacked: Mapping[str, torch.Tensor] = field(default_factory=dict)  # inputs with one entry per image or patch
 
-    @property
+    @cached_property
     def seen(self) -> int:
         """How many of the tokens are pieces of images."""
         return sum(token in self.image_tokens for token in self.ids) if self.image_tokens else 0
+
+    @cached_property
+    def read(self) -> int:
+        """How many of the tokens count as text."""
+        apart = self.image_tokens | self.uncounted
+        return sum(token not in apart for token in self.ids) if apart else len(self.ids)
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Encoder:
     rules: Rules
     reader: images.Reader
     trust_remote_code: bool = False
+    count_special: bool = True
     skipped: Counter[str] = field(default_factory=Counter)
     cut: int = 0
     refusal: str = ""
@@ -62,6 +70,8 @@ class Encoder:
                 turn[sample.domain] += 1
                 made.append(document)
         self._report(len(samples), made)
+        if self.rules.thinking != "auto" and not thinking_switch(self._text_tokenizer):
+            console.warn(f"the chat template has no thinking switch, so thinking={self.rules.thinking} changes nothing")
         return made
 
     def _report(self, asked: int, made: Sequence[Document]) -> None:
@@ -93,7 +103,7 @@ class Encoder:
             self.skipped["shorter than 2 tokens"] += 1
             return None
         self.cut += len(ids) > self.rules.max_seq_len
-        return Document(ids[: self.rules.max_seq_len], sample.domain, slice_)
+        return Document(ids[: self.rules.max_seq_len], sample.domain, slice_, uncounted=self._uncounted)
 
     def _with_images(self, sample: Sample, slice_: int) -> Document | None:
         """A sample with images is used whole or not at all: a cut image is none."""
@@ -103,10 +113,19 @@ class Encoder:
             self.skipped["longer than max_seq_len with its images"] += 1
             return None
         tokens = images.image_tokens(self.config, self._processor)
-        document = Document(ids, sample.domain, slice_, frozenset(tokens), aligned, stacked)
+        uncounted = self._uncounted - tokens
+        document = Document(ids, sample.domain, slice_, frozenset(tokens), uncounted, aligned, stacked)
         if not document.seen:
             raise InputError(f"{sample.origin}: no image tokens in the model's input; its processor is not understood")
         return document
+
+    @cached_property
+    def _uncounted(self) -> frozenset[int]:
+        """The special tokens, where they are not to count: begin and end of text, the marks of roles."""
+        if self.count_special:
+            return frozenset()
+        added = self._text_tokenizer.added_tokens_decoder
+        return frozenset(self._text_tokenizer.all_special_ids) | {id_ for id_, token in added.items() if token.special}
 
     @property
     def _text_tokenizer(self) -> Any:
@@ -131,10 +150,7 @@ def per_domain(documents: Sequence[Document]) -> dict[str, dict[str, int]]:
     """Samples and tokens of each domain."""
     counted = {name: {"samples": 0, "tokens": 0} for name in domains_of(documents)}
     for document in documents:
-        for name, tokens in (
-            (document.domain, len(document.ids) - document.seen),
-            (document.domain + IMAGE, document.seen),
-        ):
+        for name, tokens in ((document.domain, document.read), (document.domain + IMAGE, document.seen)):
             if tokens:
                 counted[name]["samples"] += 1
                 counted[name]["tokens"] += tokens

@@ -60,6 +60,17 @@ def find_columns(row: Row, named: Mapping[str, str], place: str) -> dict[str, st
     for kind, column in named.items():
         if column not in row and kind != "domain":
             raise InputError(f"{place}: no column {column!r} for {kind}; there are {_listed(row)}")
+    found = guess_columns(row, named)
+    if not found:
+        raise InputError(
+            f"{place}: no usable column among {_listed(row)}; "
+            f"name one with --columns, such as text={next(iter(row), 'x')}"
+        )
+    return found
+
+
+def guess_columns(row: Row, named: Mapping[str, str]) -> dict[str, str]:
+    """Kind -> column, with one kind of content only; empty when no column can be content."""
     lower = {str(key).lower(): str(key) for key in row}
     found = {kind: column for kind, column in named.items() if column in row}
     taken = set(found.values())
@@ -69,14 +80,10 @@ def find_columns(row: Row, named: Mapping[str, str], place: str) -> dict[str, st
             found[kind] = guess
             taken.add(guess)
     content = [kind for kind in CONTENT if kind in found]
-    chosen = [kind for kind in content if kind in named] or content
-    if not chosen:
-        raise InputError(
-            f"{place}: no usable column among {_listed(row)}; "
-            f"name one with --columns, such as text={next(iter(row), 'x')}"
-        )
-    drop = {kind for kind in CONTENT if kind != chosen[0]}
-    drop |= set() if chosen[0] == "prompt" else {"answer", "context"}
+    chosen = next((kind for kind in content if kind in named), next(iter(content), None))
+    if chosen is None:
+        return {}
+    drop = {kind for kind in CONTENT if kind != chosen} | (set() if chosen == "prompt" else {"answer", "context"})
     return {kind: column for kind, column in found.items() if kind not in drop or kind in named}
 
 
@@ -92,9 +99,8 @@ def make_sample(row: Row, columns: Mapping[str, str], default_domain: str, place
     tools = _tools(values.get("tools"), place)
     if values.get("messages"):
         messages, inside = _chat(values["messages"], place)
-        return Sample(
-            domain, messages=_with_system(values, messages), tools=tools, images=images + inside, origin=place
-        )
+        chat = _with_system(values, messages)
+        return Sample(domain, messages=chat, tools=tools, images=images + inside, origin=place) if messages else None
     if isinstance(values.get("regions"), list) and values["regions"]:
         request = "\n".join([REGIONS_REQUEST, *(f"- {region}" for region in values["regions"])])
         return Sample(domain, messages=({"role": "user", "content": request},), images=images, origin=place)
@@ -118,7 +124,7 @@ def _from_prompt(values: Mapping[str, Any], base: Sample, place: str) -> Sample:
 
 
 def _with_system(values: Mapping[str, Any], messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    if values.get("system") and messages[0]["role"] != "system":
+    if values.get("system") and messages and messages[0]["role"] != "system":
         return ({"role": "system", "content": str(values["system"])}, *messages)
     return messages
 
@@ -175,6 +181,8 @@ def _content(content: Any, images: list[Any], place: str) -> Any:
     """Text, or a list of parts when an image is among them; the images themselves go to `images`."""
     if isinstance(content, str):
         return content
+    if isinstance(content, Mapping):  # the result of a tool
+        return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, (list, tuple)):
         raise InputError(f"{place}: the content of a message must be text or a list of parts")
     parts = [_part(part, images, place) for part in content]

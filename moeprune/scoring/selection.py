@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from moeprune import console
 from moeprune.errors import InputError
-from moeprune.scoring.samples import Sample, find_columns, make_sample
+from moeprune.scoring.samples import Row, Sample, find_columns, guess_columns, make_sample
 from moeprune.scoring.sources import Part, Source
 
 DOMAIN_LIMIT = 64  # sums are kept per domain; more would be a column of identifiers, not of domains
@@ -72,8 +72,15 @@ def _samples(part: Part, named: Mapping[str, str], choice: Choice) -> Iterator[S
             keys = frozenset(row)
             columns = find_columns(row, {} if part.mapped else named, place)
             choice.columns.setdefault(part.name, {}).update(columns)
-        sample = make_sample(row, columns, part.domain, place)
+        sample = make_sample(row, columns, part.domain, place) or _other_content(row, named, part, place)
         yield _located(sample, part) if sample and sample.images else sample
+
+
+def _other_content(row: Row, named: Mapping[str, str], part: Part, place: str) -> Sample | None:
+    """Tables have every column in every row: where the usual content is empty, another may not be."""
+    filled = {key: value for key, value in row.items() if value not in (None, "", [])}
+    columns = guess_columns(filled, {} if part.mapped else named)
+    return make_sample(filled, columns, part.domain, place) if columns else None
 
 
 def _located(sample: Sample, part: Part) -> Sample:

@@ -42,6 +42,12 @@ def template_settings(template: Any, tokenizer: Any, tools: list[Any] | None, th
     return chosen if dated == tokenizer.chat_template else {**chosen, "chat_template": dated}
 
 
+def thinking_switch(tokenizer: Any) -> bool:
+    """Whether the chat template reads one of the names of the switch."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    return any(re.search(rf"\b{name}\b(?!\s*\()", template) for name in THINKING_NAMES)
+
+
 def render(sample: Sample, tokenizer: Any, rules: Rules, template: Any = None) -> tuple[str, bool]:
     """The text of a sample, and whether the tokenizer may still add its special tokens to it.
 
@@ -52,7 +58,7 @@ def render(sample: Sample, tokenizer: Any, rules: Rules, template: Any = None) -
     messages = list(sample.messages)
     if rules.system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": rules.system_prompt})
-    template = template or tokenizer.chat_template
+    template = template or getattr(tokenizer, "chat_template", None)
     if not template:
         return joined_plainly(messages, sample.as_prompt), True
     tools = None if sample.tools is None else json.loads(sample.tools)
