@@ -124,11 +124,14 @@ def _by_layer(sums: metadata.Sums, blocks: Sequence[Block]) -> metadata.Sums:
 def _check_same_model(settings: Settings, checkpoint: Checkpoint, data: dict[str, Any], path: Path) -> None:
     """Scores belong to one checkpoint; those of another copy are taken only when that is asked for."""
     scored = data.get("inputs", {}).get("model", {})
-    if not settings.other_scores and scored.get("fingerprint") != fingerprint(checkpoint):
-        raise InputError(
-            f"the scores in {path} were made on another model ({scored.get('path', 'unknown')}) than "
-            f"{checkpoint.folder}; run reap.py on it, or pass --other-scores when it is a copy in another format"
-        )
+    if settings.other_scores or scored.get("fingerprint") == fingerprint(checkpoint):
+        return
+    if scored.get("path") == str(checkpoint.folder):
+        raise InputError(f"{checkpoint.folder} has changed since it was scored ({path}); run reap.py on it again")
+    raise InputError(
+        f"the scores in {path} were made on another model ({scored.get('path', 'unknown')}) than "
+        f"{checkpoint.folder}; run reap.py on it, or pass --other-scores when it is a copy in another format"
+    )
 
 
 def _check_same_blocks(sums: metadata.Sums, blocks: Sequence[Block], path: Path) -> None:
