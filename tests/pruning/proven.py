@@ -18,7 +18,7 @@ MASKED = (
 BYTES = "every byte compared with an oracle that knows the layout"
 # How each number format of formats.FORMATS was proven, beside the containers and plain types.
 HOW = {
-    "bf16, fp16, fp32": f"as the families: {MASKED}",
+    "bf16, fp16, fp32": "fp32: the families above; bf16: the demo model from scores to answers; fp16: the same code",
     "mxfp4": f"gpt-oss as OpenAI ships it, 32 to 24, 16, 8, 6 and 4 experts: {MASKED}; {BYTES}",
     "fp8": f"Qwen3-MoE and DeepSeek-V3 in blocks: {MASKED}; Step-3.5 and Llama-4 stacked: {BYTES}",
     "deepseek_fp4": BYTES,
