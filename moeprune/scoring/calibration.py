@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,14 +12,14 @@ from moeprune.scoring.batching import Batch, can_pack, fill_rows, packed, unpack
 from moeprune.scoring.documents import Document, Encoder, check_vocabulary, domains_of, fingerprint, per_domain
 from moeprune.scoring.images import Reader
 from moeprune.scoring.presets import Plan, plan_for
-from moeprune.scoring.samples import Sample, parse_columns
-from moeprune.scoring.selection import announce, choose, shares
+from moeprune.scoring.samples import parse_columns
+from moeprune.scoring.selection import Choice, announce, balanced, choose, shares
 from moeprune.scoring.sources import Source, describe, parse_sources
 from moeprune.scoring.templates import Rules
 from moeprune.settings import Settings
 
 CHARACTERS_PER_TOKEN = 32  # far above what any tokenizer joins on average; bounds the text kept of a document
-DOCUMENTS_PER_SEQUENCE = 8  # drawn for each packed sequence; what is not needed to fill them is left
+DOCUMENTS_PER_SEQUENCE = (8, 64, 512)  # drawn for each packed sequence; more if the first do not fill them
 BUILTIN_NOTE = (
     "calibration: the built-in set, which is small and general: good for a first look; "
     "for a model that you will use, give data of your own kind with --calibration-path"
@@ -46,26 +45,57 @@ def load_calibration(settings: Settings, tokenizer: Any, config: Any) -> Calibra
     sources = parse_sources(plan.spec, settings.seed, settings.hf_token)
     if not plan.spec:
         console.say(BUILTIN_NOTE)
-    rules = Rules(plan.max_seq_len, settings.thinking, settings.system_prompt)
-    reader = Reader(settings.image_pixels, settings.bad_images)
-    encoder = Encoder(tokenizer, config, rules, reader, settings.trust_remote_code, settings.special_tokens == "count")
-    documents = encoder.documents(_chosen(sources, plan, settings, encoder.skipped))
-    check_vocabulary(documents, config)
-    pad = _padding(tokenizer)
+    encoder, documents = _documents(sources, plan, settings, tokenizer, config)
+    rows: list[list[Document]] = []
     if plan.packing:
-        rows = fill_rows(documents, plan.max_seq_len)[: plan.max_samples]
-        encoder.skipped["not needed to fill the sequences"] = len(documents) - sum(map(len, rows))
+        rows = _filled(plan, encoder, documents)
         documents = [document for row in rows for document in row]
-        domains = domains_of(documents)
+    domains, pad = domains_of(documents), _padding(tokenizer)
+    if plan.packing:
         batches = packed(rows, domains, plan.max_seq_len, settings.batch_size, pad)
-        if len(rows) < plan.max_samples:
-            console.warn(f"the calibration data fills only {len(rows)} of {plan.max_samples} packed sequences")
     else:
-        domains = domains_of(documents)
         batches = unpacked(documents, domains, settings.batch_size, pad)
     summary = _summary(settings, plan, sources, documents, encoder)
     _report(summary)
     return Calibration(batches, domains, summary["fingerprint"], summary)
+
+
+def _documents(
+    sources: Sequence[Source], plan: Plan, settings: Settings, tokenizer: Any, config: Any
+) -> tuple[Encoder, list[Document]]:
+    """The documents of the chosen samples. To fill packed sequences, more are drawn until there are enough tokens."""
+    rules = Rules(plan.max_seq_len, settings.thinking, settings.system_prompt)
+    special = settings.special_tokens == "count"
+    for factor in DOCUMENTS_PER_SEQUENCE if plan.packing else (1,):
+        reader = Reader(settings.image_pixels, settings.bad_images)
+        encoder = Encoder(tokenizer, config, rules, reader, settings.trust_remote_code, special)
+        choices = _choices(sources, plan, settings, plan.max_samples * factor)
+        encoder.skipped["empty"] = sum(choice.empty for choice in choices)
+        in_turn = {f"{number:06}": choice.samples for number, choice in enumerate(choices)}
+        documents = encoder.documents(balanced(in_turn, sum(map(len, in_turn.values()))))
+        tokens = sum(len(document.ids) for document in documents)
+        if tokens >= plan.max_samples * plan.max_seq_len or len(documents) < plan.max_samples * factor // 2:
+            break
+    for choice in choices:
+        announce(choice)
+    check_vocabulary(documents, config)
+    return encoder, documents
+
+
+def _choices(sources: Sequence[Source], plan: Plan, settings: Settings, drawn: int) -> list[Choice]:
+    named = parse_columns(settings.columns)
+    counts = shares(sources, drawn, plan.capped)
+    longest = plan.max_seq_len * CHARACTERS_PER_TOKEN
+    return [choose(source, n, settings.seed, named, longest) for source, n in zip(sources, counts, strict=True)]
+
+
+def _filled(plan: Plan, encoder: Encoder, documents: Sequence[Document]) -> list[list[Document]]:
+    """Packed rows, as many as were asked for if the documents suffice."""
+    rows = fill_rows(documents, plan.max_seq_len)[: plan.max_samples]
+    encoder.skipped["not needed to fill the sequences"] = len(documents) - sum(map(len, rows))
+    if len(rows) < plan.max_samples:
+        console.warn(f"the calibration data fills only {len(rows)} of {plan.max_samples} packed sequences")
+    return rows
 
 
 def _packing_checked(plan: Plan, settings: Settings, config: Any) -> Plan:
@@ -77,19 +107,6 @@ def _packing_checked(plan: Plan, settings: Settings, config: Any) -> Plan:
         raise UsageError(f"{why}; leave packing off: batches are sorted by length, so little is lost")
     console.warn(f"{why}, so the preset runs unpacked: one document a row, up to {plan.max_samples} documents")
     return replace(plan, packing=False)
-
-
-def _chosen(sources: Sequence[Source], plan: Plan, settings: Settings, skipped: Counter[str]) -> list[Sample]:
-    """Samples of all sources; to fill packed sequences, more documents are drawn than there are sequences."""
-    named = parse_columns(settings.columns)
-    samples: list[Sample] = []
-    drawn = plan.max_samples * (DOCUMENTS_PER_SEQUENCE if plan.packing else 1)
-    for source, count in zip(sources, shares(sources, drawn, plan.capped), strict=True):
-        choice = choose(source, count, settings.seed, named, plan.max_seq_len * CHARACTERS_PER_TOKEN)
-        announce(choice)
-        samples += choice.samples
-        skipped["empty"] += choice.empty
-    return samples
 
 
 def _summary(

@@ -12,8 +12,9 @@ import transformers
 from moeprune import console
 from moeprune.errors import InputError, UsageError
 from moeprune.scoring.batching import PACKS, can_pack, fill_rows, packed, unpacked
-from moeprune.scoring.calibration import load_calibration
+from moeprune.scoring.calibration import _packing_checked, load_calibration
 from moeprune.scoring.documents import Document
+from moeprune.scoring.presets import plan_for
 from moeprune.settings import Settings
 from tests import tiny
 from tests.scoring import byte_tokenizer
@@ -227,7 +228,27 @@ def test_packed_sequences_are_counted_and_filled(tmp_path):
     assert filled > 0.7 * 10 * 64
 
 
+def test_packing_draws_more_documents_until_the_sequences_are_full(tmp_path):
+    calibration = load(
+        tmp_path, [{"text": f"{i % 10}"} for i in range(3000)], max_samples=10, max_seq_len=64, packing="on"
+    )
+    assert calibration.summary["tokens"] == 640
+    assert calibration.summary["samples"] == 320
+
+
+def test_packed_sequences_hold_all_sources_alike(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'"{name * 29}"\n' for _ in range(100)))
+    spec = ",".join(f"{tmp_path}/{name}.jsonl" for name in "abc")
+    settings = Settings(calibration_path=spec, max_samples=6, max_seq_len=60, packing="on")
+    calibration = load_calibration(settings, byte_tokenizer.plain(("<s>", "</s>"), bos=True), CONFIG)
+    assert [domain["samples"] for domain in calibration.summary["domains"].values()] == [4, 4, 4]
+
+
 def test_packing_where_it_is_not_known_to_be_right(tmp_path):
     config = transformers.GptOssConfig(vocab_size=300)
     with pytest.raises(UsageError, match="not known to stay apart in gpt_oss"):
         load(tmp_path, ROWS, config, packing="on")
+    plan = _packing_checked(plan_for(Settings(calibration_path="paper-code")), Settings(), config)
+    assert (plan.packing, plan.max_seq_len) == (False, 2048)
+    assert any("the preset runs unpacked" in line for line in console.warnings())
