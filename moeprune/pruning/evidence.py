@@ -38,9 +38,7 @@ class Stored:
 
 def header_of(path: Path, strict: bool = False) -> dict[str, Stored]:
     """The tensors of a file. `strict`: each must begin at a multiple of its element's width, as readers wish."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        table = json.loads(file.read(length))
+    length, table = _table(path)
     table.pop("__metadata__", None)
     tensors = {}
     end = 0
@@ -56,11 +54,28 @@ def header_of(path: Path, strict: bool = False) -> dict[str, Stored]:
     return tensors
 
 
-def all_headers(folder: Path) -> dict[str, Stored]:
-    """The tensors of all weight files of a folder; a second copy in a vendor's naming does not count."""
+def weight_files(folder: Path) -> list[Path]:
+    """All weight files of a folder; a second copy in a vendor's naming does not count."""
     files = sorted(folder.glob("*.safetensors"))
-    main = [file for file in files if not file.name.startswith("consolidated")] or files
-    return {name: tensor for file in main for name, tensor in header_of(file).items()}
+    return [file for file in files if not file.name.startswith("consolidated")] or files
+
+
+def all_headers(folder: Path) -> dict[str, Stored]:
+    """The tensors of all weight files of a folder."""
+    return {name: tensor for file in weight_files(folder) for name, tensor in header_of(file).items()}
+
+
+def notes(folder: Path, names: set[str]) -> set[tuple[str, str]]:
+    """The entries of `__metadata__` of those weight files that hold some of the names; not those on single experts."""
+    tables = [_table(path)[1] for path in weight_files(folder)]
+    found = {item for table in tables if names & table.keys() for item in table.get("__metadata__", {}).items()}
+    return {(key, value) for key, value in found if "experts." not in key}
+
+
+def _table(path: Path) -> tuple[int, dict[str, Any]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return length, json.loads(file.read(length))
 
 
 class Reader:

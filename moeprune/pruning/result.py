@@ -59,8 +59,13 @@ class Result:
         return sum((self.checkpoint.folder / path).stat().st_size for path in self.checkpoint.side_files)
 
     def is_current(self) -> bool:
-        """Whether the folder is there, made from exactly these inputs."""
-        return metadata.is_current(self.target / MANIFEST, "pruned_model", self.fingerprint)
+        """Whether the folder is there, made from exactly these inputs, with weights of the right size."""
+        same = metadata.is_current(self.target / MANIFEST, "pruned_model", self.fingerprint)
+        return same and all(_size(self.target / file.name) == file.nbytes for file in self.files)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def plan(settings: Settings, checkpoint: Checkpoint, layout: Layout, choice: Choice, gone: frozenset[str]) -> Result:
@@ -122,9 +127,7 @@ def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: 
 def check_target(planned: Result, force: bool) -> None:
     """Refuse a target that is in use for something else, or a disk that is too small."""
     target, parent = planned.target.resolve(), planned.checkpoint.folder
-    inside = (
-        parent in target.parents and planned.checkpoint.container == "safetensors"
-    )
+    inside = parent in target.parents and planned.checkpoint.container == "safetensors"
     if inside or target == parent or target in parent.parents:
         raise UsageError(f"{planned.target} is the model itself, or one lies inside the other; choose another folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -167,7 +170,9 @@ def describe(planned: Result) -> None:
     for text in planned.choice.warnings:
         warn(text)
     counts = rewrite.counts(planned.actions)
-    say(f"model    {planned.checkpoint.folder} ({planned.layout.model_type}, {formats.format_of(planned.checkpoint)})")
+    checkpoint = planned.checkpoint
+    where = checkpoint.shards[0] if checkpoint.container == "gguf" else checkpoint.folder
+    say(f"model    {where} ({planned.layout.model_type}, {formats.format_of(checkpoint)})")
     say(f"plan     {planned.choice.count} of {planned.layout.experts} experts in {len(planned.choice.keep)} blocks")
     say(f"size     {size(before)} -> {size(after)} ({after / before:.1%})")
     say(f"tensors  {', '.join(f'{kind} {n}' for kind, n in counts.items())}; {len(planned.actions)} in all")

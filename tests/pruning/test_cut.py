@@ -144,6 +144,31 @@ def test_current_result_is_left_alone(parent: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parent-reap-4of8", "reap_metadata.json"]
 
 
+def test_result_that_lost_a_shard_is_not_current(parent: Path, tmp_path: Path) -> None:
+    scored(tmp_path, parent, [0, 1, 2, 3])
+    flags = ["--model-path", str(parent), "--output-path", str(tmp_path)]
+    prune_model.main(flags)
+    shard = next((tmp_path / "parent-reap-4of8").glob("*.safetensors"))
+    shard.unlink()
+    with pytest.raises(UsageError, match="--force"):
+        prune_model.main(flags)
+    prune_model.main([*flags, "--force"])
+    assert shard.exists()
+
+
+def test_cut_of_a_cut_is_the_cut(parent: Path, tmp_path: Path) -> None:
+    once = cut_to(parent, tmp_path / "once", [0, 2, 3, 5, 7])
+    assert weights(cut_to(once, tmp_path / "twice", [1, 2, 4])) == weights(
+        cut_to(parent, tmp_path / "direct", [2, 3, 7])
+    )
+
+
+def cut_to(model: Path, target: Path, ids: list[int]) -> Path:
+    plan = cutting.write_plan(target.with_suffix(".json"), {f"model.layers.{i}": ids for i in range(3)})
+    prune_model.main(["--model-path", str(model), "--plan", str(plan), "--pruned-output-path", str(target)])
+    return target
+
+
 def test_dry_run_predicts_and_writes_nothing(parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scored(tmp_path, parent, [0, 1, 2, 3])
     flags = ["--model-path", str(parent), "--output-path", str(tmp_path), "--keep", "3"]

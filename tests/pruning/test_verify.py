@@ -136,6 +136,13 @@ def test_missing_files(good) -> None:
         check(*good)
 
 
+def test_lost_metadata(good) -> None:
+    tensors = load_file(first_shard(good[1]))
+    save_file(tensors, first_shard(good[1]), {"format": "np"})
+    with pytest.raises(ResultError, match="__metadata__ of the result is wrong about format"):
+        check(*good)
+
+
 def test_another_plan(good) -> None:
     parent, child, keep = good
     with pytest.raises(ResultError):
