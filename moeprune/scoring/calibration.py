@@ -76,8 +76,8 @@ def _documents(
         tokens = sum(len(document.ids) for document in documents)
         if tokens >= plan.max_samples * plan.max_seq_len or len(documents) < plan.max_samples * factor // 2:
             break
-    for choice in choices:
-        announce(choice)
+    for source, choice in zip(sources, choices, strict=True):
+        announce(source, choice)
     check_vocabulary(documents, config)
     return encoder, documents
 

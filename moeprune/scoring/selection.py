@@ -121,8 +121,8 @@ def shares(sources: Sequence[Source], max_samples: int, capped: bool) -> list[in
     return [each if source.limit is None else source.limit for source in sources]
 
 
-def announce(choice: Choice) -> None:
-    """Say once per set of columns which of them are used."""
+def announce(source: Source, choice: Choice) -> None:
+    """Say which columns are used, once per set of columns, and how the samples were drawn."""
     groups: dict[str, list[str]] = {}
     for name, columns in choice.columns.items():
         shown = ", ".join(f"{kind} = {column}" for kind, column in columns.items())
@@ -130,3 +130,7 @@ def announce(choice: Choice) -> None:
     for shown, names in groups.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.say(f"calibration: {names[0]}{others}: columns {shown}")
+    if len(choice.samples) < choice.seen - choice.empty:
+        console.say(f"calibration: {source.name}: {len(choice.samples)} of {choice.seen:,} samples, drawn at random")
+    elif any(part.endless for part in source.parts):
+        console.say(f"calibration: {source.name}: the first {len(choice.samples)} samples of the shuffled stream")

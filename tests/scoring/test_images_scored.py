@@ -1,0 +1,76 @@
+"""Vision-language models scored on text and images together, against the loop over tokens in float64.
+
+The pixels are drawn here, so that no image library is needed. What processors make of files is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moeprune.scoring.batching import unpacked
+from moeprune.scoring.documents import Document
+from tests.scoring import streamed
+from tests.scoring.test_oracle import oracle
+
+IMAGE_TOKEN = 3
+DOMAINS = ("mix", "mix [image]")
+# Family -> the shape of a patch. All of them make one token of 2 x 2 patches.
+FAMILIES = {"qwen3_vl_moe": (96,), "qwen3_5_moe": (96,), "glm4v_moe": (96,), "kimi_k25": (3, 4, 4)}
+
+
+def documents(patch: tuple[int, ...]) -> list[Document]:
+    """Two texts and two documents with an image of another size each."""
+    generator = torch.Generator().manual_seed(3)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(10, 250, (count,), generator=generator).tolist()
+
+    made = [Document(words(7), "mix", 0), Document(words(12), "mix", 1)]
+    for slice_, (height, width) in enumerate([(4, 6), (2, 4)]):
+        ids = [*words(3), *[IMAGE_TOKEN] * (height * width // 4), *words(5)]
+        stacked = {
+            "pixel_values": torch.randn(height * width, *patch, generator=generator),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
+        }
+        aligned = {"mm_token_type_ids": torch.tensor(ids).eq(IMAGE_TOKEN).long()}
+        made.append(Document(ids, "mix", slice_, frozenset({IMAGE_TOKEN}), aligned=aligned, stacked=stacked))
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_and_image_tokens_are_summed_apart_and_right(family, tmp_path):
+    made = documents(FAMILIES[family])
+    data = unpacked(made, DOMAINS, 3, 0)
+    assert [len(batch.domain_BT) for batch in data] == [3, 1]
+    folder = streamed.checkpoint(family)
+    expected = oracle(folder, data)
+    sums = streamed.score(folder, data, tmp_path)
+    for block, want in zip(
+        sums.blocks, expected.values(), strict=True
+    ):  # names on disk may differ from those in memory
+        np.testing.assert_array_equal(block.tokens_D, [7 + 12 + 8 + 8, 6 + 2])
+        np.testing.assert_array_equal(block.values["count"], want["count"])
+        for name in ("gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum", "max_abs"):
+            np.testing.assert_allclose(block.values[name], want[name], rtol=2e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(block.slices["gate_norm_sum"], want["slices"], rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_images_reach_the_model(family):
+    """Other pixels, other logits behind the image; the texts in the same batch stay as they were."""
+    model = streamed.plain(streamed.checkpoint(family))
+    first, second = documents(FAMILIES[family]), documents(FAMILIES[family])
+    second[2].stacked["pixel_values"].mul_(-1)
+
+    def logits(made):
+        (batch,) = unpacked(made, DOMAINS, 4, 0)
+        with torch.no_grad():
+            return batch, model(**batch.inputs, use_cache=False).logits
+
+    batch, before_BTV = logits(first)
+    _, after_BTV = logits(second)
+    for b, mask_T in enumerate(batch.inputs["attention_mask"].bool()):
+        same = torch.allclose(before_BTV[b][mask_T], after_BTV[b][mask_T], rtol=1e-4, atol=1e-4)
+        assert same == (len(first[2].ids) != int(mask_T.sum()))
