@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
-from moeprune.scoring.dequantize import Recipe, read_tensor, recipes
+from moeprune.scoring.dequantize import Lazy, Recipe, read_tensor, recipes
 
 Tensors = dict[str, torch.Tensor]
 OUTSIDE = ""  # the name for everything that is in no layer: embeddings, final norm, head
@@ -53,12 +53,12 @@ class LayerLoader:
             for layer, names in self.wanted.items()
         }
         self.stored_bytes = {
-            layer: sum(checkpoint.tensors[s].nbytes for name in names for s in self.recipes[name].sources)
+            layer: sum(checkpoint.tensors[s].nbytes for name in names for s in self.recipes[name].sources.values())
             for layer, names in self.sources.items()
         }
         self._targets: dict[str, list[str]] = {}
         for name, recipe in self.recipes.items():
-            for source in recipe.sources:
+            for source in recipe.sources.values():
                 self._targets.setdefault(source, []).append(self.memory_name[name])
         self._empty: dict[str, torch.Tensor] = {}  # what stood in a parameter's place before it was loaded
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
@@ -84,7 +84,7 @@ class LayerLoader:
         names = [name for name in self.sources[layer] if self.memory_name[name] not in skipped]
         return {
             source: read_tensor(self.checkpoint.tensors[source])
-            for source in dict.fromkeys(source for name in names for source in self.recipes[name].sources)
+            for source in dict.fromkeys(source for name in names for source in self.recipes[name].sources.values())
         }
 
     def load(self, layer: str, skip: Iterable[str] = ()) -> None:
@@ -94,10 +94,11 @@ class LayerLoader:
         state = self.model.state_dict(keep_vars=True)
         wanted = [name for name in self.wanted[layer] if name not in set(skip)]
         self._empty.update({name: state[name] for name in wanted})
-        tensors = {}
-        for name in self.sources[layer]:
-            if all(source in raw for source in self.recipes[name].sources):
-                tensors[name] = self.recipes[name].make([raw[s] for s in self.recipes[name].sources], self.dtype)
+        tensors = {
+            name: Lazy(self.recipes[name], raw, self.dtype, self.device)
+            for name in self.sources[layer]
+            if all(source in raw for source in self.recipes[name].sources.values())
+        }
         del raw
         info, _ = convert_and_load_state_dict_in_model(
             self.model,
