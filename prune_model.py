@@ -49,22 +49,21 @@ def cut(planned: Result) -> None:
     """Write beside the target, prove every file against the parent as soon as it is there, then rename."""
     started = time.monotonic()
     bar = console.Progress("writing", len(planned.files))
-    with writer.beside(planned.target) as folder, helpers() as (pool, syncing, go_on):
+    with writer.beside(planned.target) as folder, helpers() as (copying, settling, go_on):
         proof = result.proof(planned, folder)
-        syncs: list[Future[None]] = []
+        settled: list[Future[None]] = []
 
         def make(file: writer.NewFile) -> str:
             path = writer.write_file(folder, file, go_on)
-            syncs.append(syncing.submit(writer.sync_file, path))
-            proof.file(path, go_on)
+            settled.extend([settling.submit(writer.sync_file, path), settling.submit(proof.file, path, go_on)])
             return file.name
 
-        tasks = [pool.submit(make, file) for file in planned.files]
+        tasks = [copying.submit(make, file) for file in planned.files]
         result.write_small_files(planned, folder)
         for task in as_completed(tasks):
             bar.step(task.result())
-        for sync in syncs:
-            sync.result()
+        for waiting in settled:
+            waiting.result()
         proof.finish(planned.checkpoint.other_weights)
         writer.publish(folder, planned.target)
     say(f"written and verified in {console.duration(time.monotonic() - started)}: {planned.target}")
@@ -72,7 +71,7 @@ def cut(planned: Result) -> None:
 
 @contextmanager
 def helpers() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, Callable[[], None]]]:
-    """Threads for copying and for syncing, which wait for the kernel; after an error they stop at their next step."""
+    """Threads that copy, and threads that sync and compare the copies; after an error they stop at their next step."""
     stop = Event()
 
     def go_on() -> None:
@@ -80,9 +79,9 @@ def helpers() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, Callable
             raise errors.Interrupted
 
     count = min(4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(count) as pool, ThreadPoolExecutor(count) as syncing:
+    with ThreadPoolExecutor(2 * count) as settling, ThreadPoolExecutor(count) as copying:
         try:
-            yield pool, syncing, go_on
+            yield copying, settling, go_on
         except BaseException:
             stop.set()
             raise
