@@ -82,7 +82,7 @@ def _against_chance(report: Mapping[str, Any], _settings: Settings) -> list[Chec
     """A thoughtful choice of experts beats a drawn one clearly, whatever the model and the ratio."""
     drawn = report.get("random_cuts")
     if not drawn or not report.get("fidelity"):
-        why = "nothing was cut" if drawn == [] else _missing(report)
+        why = report.get("not_masked") or ("nothing was cut" if drawn == [] else _missing(report))
         return [Check("better than chance", NOT_TESTED, why)]
     own = report["fidelity"]["overall"]["kl"]
     chance = sum(row["kl"] for row in drawn) / len(drawn)

@@ -19,8 +19,12 @@ def compare(
 ) -> dict[str, Any]:
     """Fidelity of the child, of drawn cuts of the same size, and the child against the parent with masked experts."""
     _, batches = data
-    drawn = _drawn(parent, keep, settings.seed)
-    whole, *others = parent.variants(batches, [None, *([keep] if keep else []), *drawn])
+    keep, drawn, why_not = _maskable(parent, keep, settings.seed)
+    try:
+        whole, *others = parent.variants(batches, [None, *([keep] if keep else []), *drawn])
+    except masking.CannotMask as error:
+        keep, drawn, why_not = None, [], str(error)
+        whole, *others = parent.variants(batches, [None])
     masked = others.pop(0) if keep else None
     (own,) = child.variants(batches, [None])
     wide = max(parent.vocabulary, child.vocabulary)
@@ -33,14 +37,27 @@ def compare(
         return {
             "fidelity": summary(parents, childs, (whole, own)),
             "random_cuts": [_short(summary(parents, parents, (whole, states))) for states in others],
+            "not_masked": why_not,
             "masked": _short(summary(parents, childs, (masked, own))) if masked else None,
         }
 
 
+def _maskable(
+    parent: Subject, keep: masking.Keep | None, seed: int
+) -> tuple[masking.Keep | None, list[dict[str, list[int]]], str]:
+    """The plan, drawn plans of its size, and why there are none where the parent's experts cannot be masked."""
+    try:
+        return keep, _drawn(parent, keep, seed), ""
+    except masking.CannotMask as error:
+        return None, [], str(error)
+
+
 def _drawn(parent: Subject, keep: masking.Keep | None, seed: int) -> list[dict[str, list[int]]]:
     """Plans of the same size with drawn experts; none when nothing was cut."""
-    blocks = masking.routed_blocks(parent.model)
-    if not keep or all(len(masking.keep_of_layer(keep, b) or range(b.count)) == b.count for b in blocks):
+    if not keep:
+        return []
+    chosen = masking.assigned(keep, masking.routed_blocks(parent.model))
+    if all(len(stays) == block.count for block, stays in chosen.items()):
         return []
     return [masking.random_keep(parent.model, keep, seed + turn) for turn in range(RANDOM_CUTS)]
 

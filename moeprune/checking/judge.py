@@ -81,7 +81,7 @@ def _streamed(case: Case, settings: Settings, data: Data, tokenizer: Any) -> dic
     parent, child = Streamed(case.parent, settings), Streamed(case.pruned, settings)
     batches = samples.batches(data[0], tokenizer, settings.max_seq_len, settings.batch_size)
     found = comparison.compare(parent, child, case.keep, (data[0], batches), settings)
-    return found | {"structure": structure.from_masked(found["masked"])}
+    return found | {"structure": structure.from_masked(found["masked"], found["not_masked"])}
 
 
 def _loaded(case: Case, settings: Settings, data: Data, tokenizer: Any) -> dict[str, Any]:

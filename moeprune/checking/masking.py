@@ -2,8 +2,8 @@
 
 The router's logits of dropped experts become minus infinity before the model's own softmax, sigmoid, groups and top-k.
 A correction bias with one entry per expert is masked too, because sigmoid routers add it after the logits.
-Works for every router that is a module with a [experts, hidden] weight applied by one linear operation (all families of
-transformers' experts registry that were tried); anything else is refused with a clear line.
+Works for every router that owns a matrix with one row per expert and applies it once, beside a module named `experts`;
+anything else (JetMoE, the tables of DeepSeek-V4) is refused with a clear line.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ from moeprune.errors import InputError
 
 Keep = Mapping[str, Sequence[int]]  # block name on disk -> ids of the experts that stay
 PRODUCTS = {torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm}
+
+
+class CannotMask(InputError):
+    """The experts of this kind of model cannot be masked, so nothing can be said about cuts before they are made."""
+
+
 LAYER_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 
 # The variant that the running forward belongs to. A context variable, so that greenlets keep theirs apart.
@@ -37,27 +43,33 @@ class Routed:
     layer: int
     name: str
     block: torch.nn.Module
-    router: torch.nn.Module
+    router: torch.nn.Module  # its forward makes the logits
+    matrix: torch.nn.Module  # the module in it that owns the matrix
     experts: torch.nn.Module
     count: int
+    rows: int  # of the router's matrix: the experts, and behind them what always stays (zero or shared experts)
 
 
 Seen = Callable[[Routed, torch.Tensor], None]
 
 
-def routed_blocks(model: torch.nn.Module) -> tuple[Routed, ...]:
-    """Every module with fused experts and the router beside them, in the order of the layers."""
+def routed_blocks(model: Any) -> tuple[Routed, ...]:
+    """Every module with experts and the router beside them, in the order of the layers."""
     modules = dict(model.named_modules())
+    zero = int(getattr(model.config.get_text_config(), "zero_expert_num", 0) or 0)  # LongCat: experts without weights
     found = []
     for name, experts in modules.items():
         count = _expert_count(name, experts)
+        count -= zero if isinstance(experts, torch.nn.ModuleList) or count > zero else 0
         parent = name.rpartition(".")[0]
-        if count and (router := _router(modules[parent], experts, count)) is not None:
-            found.append(Routed(layer_number(name), parent, modules[parent], router, experts, count))
+        inner = _router(modules[parent], experts, count) if count else ""
+        if inner:
+            block, matrix = modules[parent], modules[f"{parent}.{inner}"]
+            router = modules[f"{parent}.{inner.split('.')[0]}"]
+            rows = _rows(matrix, count)
+            found.append(Routed(layer_number(name), parent, block, router, matrix, experts, count, rows))
     if not found:
-        raise InputError(
-            f"no router with experts was found in {type(model).__name__}; see moeprune/checking/masking.py"
-        )
+        raise CannotMask(f"no router with experts was found in {type(model).__name__}; its experts cannot be masked")
     return tuple(sorted(found, key=lambda routed: (routed.layer, routed.name)))
 
 
@@ -72,34 +84,38 @@ def _expert_count(name: str, module: torch.nn.Module) -> int:
         return 0
     if isinstance(module, torch.nn.ModuleList):
         return len(module)
-    return int(getattr(module, "num_experts", 0)) or next((p.shape[0] for p in module.parameters() if p.ndim == 3), 0)
+    return next((p.shape[0] for p in module.parameters() if p.ndim == 3), 0) or int(getattr(module, "num_experts", 0))
 
 
-def _router(block: torch.nn.Module, experts: torch.nn.Module, count: int) -> torch.nn.Module | None:
-    """The module beside the experts that owns a matrix with one row per expert; names decide between several."""
+def _rows(module: torch.nn.Module, count: int) -> int:
+    """Rows of the module's own matrix that could be a router of `count` experts; 0 when it has none."""
+    rows = [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 2]
+    return next((r for r in sorted(rows) if count <= r < 2 * count), 0)
+
+
+def _router(block: torch.nn.Module, experts: torch.nn.Module, count: int) -> str:
+    """Name of the module beside the experts that owns the matrix with a row per expert; names decide if unclear."""
     inside = set(experts.modules())
-    owners = [
-        (name, module)
-        for name, module in block.named_modules()
-        if module not in inside
-        and any(p.ndim == 2 and p.shape[0] == count for p in module.parameters(recurse=False))
-        and name
-    ]
-    named = [module for name, module in owners if re.search(r"(^|\.)(gate|router|classifier|wg)(\.|$)", name)]
-    candidates = named or [module for _, module in owners]
-    return candidates[0] if candidates else None
+    owners = [n for n, m in block.named_modules() if n and m not in inside and _rows(m, count)]
+    named = [n for n in owners if re.search(r"(^|\.)(gate|router|classifier|wg)(\.|$)", n)]
+    exact = [n for n in owners if _rows(block.get_submodule(n), count) == count]
+    candidates = [n for n in named if n in exact] or named or exact
+    return candidates[0] if candidates else ""
 
 
 class _RouterMode(TorchFunctionMode):
-    """Changes the one product of a router's forward that has a column per expert."""
+    """Changes the one product of a router's forward that is made with its matrix (or a copy in another type)."""
 
-    def __init__(self, count: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, routed: Routed, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.count, self.change, self.seen = count, change, 0
+        weight = next(p for p in routed.matrix.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == routed.rows)
+        self.shapes = {tuple(weight.shape), tuple(weight.shape[::-1])}
+        self.rows, self.change, self.seen = routed.rows, change, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in PRODUCTS and isinstance(result, torch.Tensor) and result.shape[-1] == self.count:
+        made = func in PRODUCTS and result.shape[-1] == self.rows
+        if made and any(isinstance(a, torch.Tensor) and tuple(a.shape) in self.shapes for a in args[1:]):
             self.seen += 1
             return self.change(result)
         return result
@@ -110,7 +126,8 @@ def maskable(blocks: Sequence[Routed], seen: Seen | None = None) -> Iterator[Non
     """Within this, forwards through the blocks obey `active`; `seen` is shown the router logits as they were."""
     with ExitStack() as stack:
         for routed in blocks:
-            stack.enter_context(replaced_forward(routed.router, _masked_forward(routed, seen)))
+            stack.enter_context(replaced_forward(routed.block, _with_biases(routed, blocks)))
+            stack.enter_context(replaced_forward(routed.router, _masked_forward(routed, blocks, seen)))
         yield
 
 
@@ -127,78 +144,108 @@ def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> It
             module.forward = before
 
 
-def _masked_forward(routed: Routed, seen: Seen | None) -> Callable[..., Any]:
+def _dropped(routed: Routed, blocks: Sequence[Routed]) -> torch.Tensor | None:
+    """Which rows of the router must not be chosen now; None when all may."""
+    keep = active.get()
+    stays = None if keep is None else assigned(keep, blocks).get(routed)
+    if stays is None:
+        return None
+    tables = [n for n, t in routed.block.named_buffers() if "tid2eid" in n] + [
+        n for n, t in routed.block.named_parameters() if "tid2eid" in n
+    ]
+    if tables:
+        raise CannotMask(f"{routed.name} chooses experts by a table of tokens ({tables[0]}), which cannot be masked")
+    dropped_R = torch.zeros(routed.rows, dtype=torch.bool, device=next(routed.matrix.parameters()).device)
+    dropped_R[: routed.count] = True
+    dropped_R[list(stays)] = False
+    return dropped_R
+
+
+def _masked_forward(routed: Routed, blocks: Sequence[Routed], seen: Seen | None) -> Callable[..., Any]:
     original = routed.router.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        keep = active.get()
-        stays = None if keep is None else keep_of_layer(keep, routed)
-        if stays is None and seen is None:
+        dropped_R = _dropped(routed, blocks)
+        if dropped_R is None and seen is None:
             return original(*args, **kwargs)
-        dropped_E = torch.zeros(routed.count, dtype=torch.bool, device=next(routed.router.parameters()).device)
-        if stays is not None:
-            dropped_E.logical_not_()[list(stays)] = False
 
         def change(logits: torch.Tensor) -> torch.Tensor:
             if seen is not None:
                 seen(routed, logits)
-            return logits.masked_fill(dropped_E, float("-inf"))
+            return logits if dropped_R is None else logits.masked_fill(dropped_R, float("-inf"))
 
-        mode = _RouterMode(routed.count, change)
-        with _masked_biases(routed, dropped_E), mode:
+        with _RouterMode(routed, change) as mode:
             result = original(*args, **kwargs)
         if mode.seen != 1:
-            raise InputError(f"the router {routed.name} ({type(routed.router).__name__}) cannot be masked")
+            raise CannotMask(f"the router {routed.name} ({type(routed.router).__name__}) cannot be masked")
         return result
 
     return forward
 
 
-@contextmanager
-def _masked_biases(routed: Routed, dropped_E: torch.Tensor) -> Iterator[None]:
-    """One number per expert that is added after the logits, such as e_score_correction_bias."""
-    tensors = [*routed.router.named_buffers(), *routed.router.named_parameters()]
-    biases = [t for name, t in tensors if "bias" in name and t.shape == dropped_E.shape and t.is_floating_point()]
-    before = [bias.data for bias in biases]
-    for bias in biases:
-        bias.data = bias.data.masked_fill(dropped_E, float("-inf"))
-    try:
-        yield
-    finally:
-        for bias, data in zip(biases, before, strict=True):
-            bias.data = data
+def _with_biases(routed: Routed, blocks: Sequence[Routed]) -> Callable[..., Any]:
+    """The block's forward, with minus infinity in numbers per expert that are added later (correction biases)."""
+    original = routed.block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        dropped_R = _dropped(routed, blocks)
+        if dropped_R is None:
+            return original(*args, **kwargs)
+        biases = _biases(routed)
+        before = [bias.data for bias in biases]
+        for bias in biases:
+            bias.data = bias.data.masked_fill(dropped_R[: bias.numel()].view_as(bias), float("-inf"))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            for bias, data in zip(biases, before, strict=True):
+                bias.data = data
+
+    return forward
 
 
-def keep_of_layer(keep: Keep, routed: Routed) -> Sequence[int] | None:
-    """The experts that stay in a layer, or None when the plan does not touch it."""
-    same = [name for name in keep if layer_number(name) == routed.layer]
-    if len(same) > 1:  # two stacks number their layers alike: the longer common beginning decides
-        same.sort(key=lambda name: -len(_common(name, routed.name)))
-    return keep[same[0]] if same else None
+def _biases(routed: Routed) -> list[torch.Tensor]:
+    inside = {id(t) for t in (*routed.experts.parameters(), *routed.experts.buffers())}
+    named = [*routed.block.named_buffers(), *routed.block.named_parameters()]
+    return [
+        tensor
+        for name, tensor in named
+        if "bias" in name and id(tensor) not in inside and tensor.is_floating_point()
+        and tensor.numel() in {routed.count, routed.rows} and tensor.shape[-1] == tensor.numel()
+    ]  # fmt: skip
+
+
+def assigned(keep: Keep, blocks: Sequence[Routed]) -> dict[Routed, Sequence[int]]:
+    """Which layer in memory each of the plan's blocks is: the number decides, then the likeness of the names."""
+    found: dict[Routed, Sequence[int]] = {}
+    for name, stays in keep.items():
+        same = [
+            b for b in blocks if b.layer == layer_number(name) and max(stays, default=0) < b.count and b not in found
+        ]
+        if same:
+            found[max(same, key=lambda block: _likeness(name, block.name))] = stays
+    return found
+
+
+def _likeness(one: str, other: str) -> int:
+    return len(set(one.split(".")) & set(other.split(".")))
 
 
 def random_keep(model: Any, keep: Keep, seed: int) -> dict[str, list[int]]:
     """A plan of the same size whose experts are drawn, with as many from each routing group: what no thought costs."""
     generator = random.Random(seed)
     drawn: dict[str, list[int]] = {}
-    for routed in routed_blocks(model):
-        stays = keep_of_layer(keep, routed)
-        if stays is not None:
-            width = routed.count // _groups(model)
-            by_group = Counter(expert // width for expert in stays)
-            chosen = [generator.sample(range(g * width, (g + 1) * width), n) for g, n in by_group.items()]
-            drawn[routed.name] = sorted(expert for group in chosen for expert in group)
+    for routed, stays in assigned(keep, routed_blocks(model)).items():
+        width = routed.count // _groups(model)
+        by_group = Counter(expert // width for expert in stays)
+        chosen = [generator.sample(range(g * width, (g + 1) * width), n) for g, n in by_group.items()]
+        drawn[routed.name] = sorted(expert for group in chosen for expert in group)
     return drawn
 
 
 def _groups(model: Any) -> int:
     config = model.config.get_text_config()
     return int(getattr(config, "n_group", None) or getattr(config, "n_groups", None) or 1)
-
-
-def _common(one: str, other: str) -> list[str]:
-    pairs = zip(one.split("."), other.split("."), strict=False)
-    return [a for a, b in pairs if a == b]
 
 
 @contextmanager

@@ -28,7 +28,6 @@ class Streamed:
         self.stream = LayerStream(open_checkpoint(folder), settings)
         self.model = self.stream.model
         self.vocabulary = vocabulary(self.model)
-        self.blocks = masking.routed_blocks(self.model)
         self.memory = settings.hidden_memory
 
     def variants(self, batches: Sequence[Batch], keeps: Sequence[masking.Keep | None]) -> list[list[torch.Tensor]]:
@@ -49,7 +48,8 @@ class Streamed:
             return run
 
         progress = _Layers(len(self.stream.layers))
-        with masking.maskable(self.blocks):
+        masked = any(keep is not None for _, keep in jobs)
+        with masking.maskable(masking.routed_blocks(self.model) if masked else ()):
             results = self.stream.run([forward(*job) for job in jobs], watchers=(progress,))
         return [result for result in results if result is not None]
 

@@ -9,7 +9,7 @@ Legend: T tokens, E experts of the parent, C experts of the child, K experts per
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,14 +71,18 @@ def examine(parent: Any, child: Any, keep: Keep | None, batches: Sequence[Batch]
     """Status and reason, with the differences by layer."""
     try:
         pairs = paired(masking.routed_blocks(parent), masking.routed_blocks(child), keep)
+        return _examined((parent, child), pairs, batches)
     except InputError as error:
         return {"status": "not tested", "reason": str(error)}
+
+
+def _examined(models: tuple[Any, Any], pairs: Sequence[Pair], batches: Sequence[Batch]) -> dict[str, Any]:
     tallies = [Tally() for _ in pairs]
     ending, tokens = Tally(), 0
     for batch in batches:
         if tokens < TOKENS:
             tokens += int(batch.attended_BT.sum())
-            _compare_batch((parent, child), pairs, batch, tallies, ending)
+            _compare_batch(models, pairs, batch, tallies, ending)
     found = [sentence for pair, tally in zip(pairs, tallies, strict=True) for sentence in _sentences(pair, tally)]
     if not found and ending.off("states"):
         found.append(
@@ -89,10 +93,10 @@ def examine(parent: Any, child: Any, keep: Keep | None, batches: Sequence[Batch]
     return _finding(found, pairs, tallies, tokens)
 
 
-def from_masked(row: Mapping[str, Any] | None) -> dict[str, Any]:
+def from_masked(row: Mapping[str, Any] | None, why_not: str) -> dict[str, Any]:
     """The same question for streamed models, from the whole output alone: it cannot say where."""
     if row is None:
-        return {"status": "not tested", "reason": "the pruned folder has no reap_metadata.json with a plan"}
+        return {"status": "not tested", "reason": why_not or "the pruned folder does not say which experts stayed"}
     text = f"KL divergence to the parent without the dropped experts {row['kl']:.2g} (limit {MASKED_KL:g})"
     bad = row["kl"] > MASKED_KL
     return {"status": "fail" if bad else "pass", "reason": text + ("; judge in memory to see where" if bad else "")}
@@ -117,11 +121,12 @@ def paired(parents: Sequence[Routed], children: Sequence[Routed], keep: Keep | N
     """The layers of both models side by side; InputError when they cannot be told apart without a plan."""
     if [p.name for p in parents] != [c.name for c in children]:
         raise InputError("parent and pruned model do not have the same routed layers")
+    chosen_of = masking.assigned(keep, parents) if keep else {}
     pairs = []
     for one, other in zip(parents, children, strict=True):
-        stays = masking.keep_of_layer(keep, one) if keep else None
+        stays = chosen_of.get(one)
         if stays is None and one.count != other.count:
-            raise InputError("the pruned folder's reap_metadata.json does not say which experts were kept")
+            raise InputError("the pruned folder does not say which experts stayed")
         chosen = tuple(range(one.count)) if stays is None else tuple(stays)
         if len(chosen) != other.count or max(chosen, default=0) >= one.count:
             raise InputError(f"{one.name}: the plan keeps {len(chosen)} experts, the model has {other.count}")
@@ -192,23 +197,40 @@ def _hooks(routed: Routed, trace: Trace, given: Trace | None) -> list[Any]:
 
 
 def _compare_layer(pair: Pair, tally: Tally, one: Trace, other: Trace, attended_T: torch.Tensor) -> None:
+    if one.input_TH is None and other.input_TH is None:  # a tower that text does not pass
+        return
     keep = torch.tensor(pair.keep)
-    flat: Callable[[Any], torch.Tensor] = lambda x: _tensor(x).flatten(0, -2).cpu()[attended_T]  # noqa: E731
+    named_C = torch.cat([keep, torch.arange(pair.parent.count, pair.parent.count + len(keep))])  # zero experts behind
+
+    def flat(x: Any) -> torch.Tensor:
+        rows = _tensor(x).flatten(0, -2).cpu()
+        if len(rows) != len(attended_T):
+            raise InputError(f"{pair.parent.name} does not take its tokens in their order; it cannot be examined")
+        return rows[attended_T]
+
     tally.add("before", 0, int(attended_T.sum()), float(_off(flat(one.input_TH), flat(other.input_TH)).sum()))
     logits_TE, logits_TC = flat(one.logits).float(), flat(other.logits).float()
     expected_TC = logits_TE[:, keep]
+    logits_TC = logits_TC[:, : len(keep)]
     size = expected_TC.abs().mean() + 1e-12
     off_TC = ~((expected_TC - logits_TC).abs() <= _tolerance(flat(one.input_TH)) * size)
     for expert, off in enumerate(off_TC.sum(0).tolist()):
         tally.add("router", expert, len(off_TC), off)
-    if one.index_TK is None or other.index_TK is None:
-        tally.add("routed", 0, len(off_TC), float(_off(flat(one.routed_TH), flat(other.routed_TH)).sum()))
+    if _in_order(one, len(attended_T)) and _in_order(other, len(attended_T)):
+        routed_TH, other_TH = flat(one.routed_TH), flat(other.routed_TH)
+        index = (flat(one.index_TK), flat(named_C[_tensor(other.index_TK).cpu()]))
+        _compare_experts(pair, tally, [*index, flat(one.gate_TK), flat(other.gate_TK), routed_TH, other_TH])
+        same_T = ~_off(routed_TH, other_TH)
+        off_T = _off(flat(one.output), flat(other.output)) & same_T
+        tally.add("beside", 0, float(same_T.sum()), float(off_T.sum()))
     else:
-        _compare_experts(pair, tally, [flat(t) for t in (one.index_TK, keep[_tensor(other.index_TK).cpu()],
-                         one.gate_TK, other.gate_TK, one.routed_TH, other.routed_TH)])  # fmt: skip
-    routed_same_T = ~_off(flat(one.routed_TH), flat(other.routed_TH))
-    off_T = _off(flat(one.output), flat(other.output)) & routed_same_T
-    tally.add("beside", 0, float(routed_same_T.sum()), float(off_T.sum()))
+        tally.add("routed", 0, len(off_TC), float(_off(flat(one.output), flat(other.output)).sum()))
+
+
+def _in_order(trace: Trace, tokens: int) -> bool:
+    """Whether the experts got their tokens in order, with the choice and the gates beside them."""
+    tensors = (trace.index_TK, trace.gate_TK, trace.routed_TH)
+    return all(t is not None and _tensor(t).flatten(0, -2).shape[0] == tokens for t in tensors)
 
 
 def _compare_experts(pair: Pair, tally: Tally, tensors: list[torch.Tensor]) -> None:
@@ -263,7 +285,7 @@ def _sentences(pair: Pair, tally: Tally) -> list[str]:
         found.append(f"{layer}: gate values differ although the same experts are chosen (scaling or normalisation)")
     found += [f"{layer}: {_name(pair, expert)} {_expert_hint(pair, expert)}" for expert in experts]
     if tally.off("routed") and not rows:
-        found.append(f"{layer}: the routed experts' output differs")
+        found.append(f"{layer}: the output of the experts differs")
     if tally.off("beside"):
         found.append(f"{layer}: the shared expert or what else stands beside the routed ones differs")
     return found
@@ -293,9 +315,7 @@ def _router_hint(pair: Pair, row: int) -> str:
 
 
 def _router_rows(routed: Routed) -> torch.Tensor | None:
-    own: Iterator[torch.Tensor] = (
-        p for p in routed.router.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == routed.count
-    )
+    own = (p for p in routed.matrix.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == routed.rows)
     return next((p.detach() for p in own if not p.is_meta), None)
 
 

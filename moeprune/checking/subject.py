@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moeprune.checking import masking
 from moeprune.checking.samples import Batch
@@ -97,36 +98,59 @@ def device(settings: Settings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def speaking(model: Any) -> Any:
+    """The part of a model that has the language head: the model itself, or the text model inside of it."""
+    for part in (model, *(getattr(model, name, None) for name in ("language_model", "thinker", "text_model"))):
+        if _has_head(part) and _body(part) is not None and not part.config.is_encoder_decoder:
+            return part
+    raise InputError(f"{type(model).__name__} is no decoder with a language head; it cannot be judged token by token")
+
+
+def _has_head(part: Any) -> bool:
+    return callable(getattr(part, "get_output_embeddings", None)) and part.get_output_embeddings() is not None
+
+
+def _body(part: Any) -> Any:
+    """What computes the final hidden states."""
+    found = part.base_model if part.base_model is not part else getattr(part, "model", None)
+    return found if isinstance(found, torch.nn.Module) else None
+
+
 def vocabulary(model: Any) -> int:
     """Width of the model's logits."""
-    return int(model.get_output_embeddings().weight.shape[0])
+    return int(speaking(model).get_output_embeddings().weight.shape[0])
 
 
 @torch.no_grad()
 def judged_states(model: Any, batch: Batch) -> torch.Tensor:
     """Final hidden states at the positions whose next token is judged, on the CPU."""
+    part = speaking(model)
     inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attended_BT}
-    out = model.base_model(**{name: value.to(_device_of(model)) for name, value in inputs.items()}, use_cache=False)
+    out = _body(part)(**{name: value.to(_device_of(part)) for name, value in inputs.items()}, use_cache=False)
     states_BTD: torch.Tensor = out[0]
+    if states_BTD.shape[:2] != batch.ids_BT.shape:
+        raise InputError(f"{type(model).__name__} does not predict the next token; it cannot be judged token by token")
     return states_BTD[batch.scored_BT.to(states_BTD.device)].cpu()
 
 
 @torch.no_grad()
 def head_logits(model: Any, states_ND: torch.Tensor) -> torch.Tensor:
     """Run everything behind the base model (head, scaling, soft caps) on hidden states that were computed before."""
-    body = model.base_model
-    states = states_ND.unsqueeze(0).to(_device_of(model))
+    part = speaking(model)
+    states = states_ND.unsqueeze(0).to(_device_of(part))
     token = torch.zeros(1, states.shape[1], dtype=torch.long, device=states.device)
-    with masking.replaced_forward(body, _answering(states)):
-        logits_NV: torch.Tensor = model(input_ids=token, use_cache=False).logits[0]
+    with masking.replaced_forward(_body(part), lambda *_args, **_kwargs: _Answer(last_hidden_state=states)):
+        logits_NV: torch.Tensor = part(input_ids=token, use_cache=False).logits[0]
     return logits_NV.float()
 
 
-def _answering(states: torch.Tensor) -> Callable[..., Any]:
-    from transformers.modeling_outputs import MoeModelOutputWithPast
+class _Answer(MoeModelOutputWithPast):
+    """What a base model returns; whatever else a head asks for (image states, caches) is not there."""
 
-    return lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=states)
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
-def _device_of(model: Any) -> Any:
-    return model.get_output_embeddings().weight.device
+def _device_of(part: Any) -> Any:
+    return part.get_output_embeddings().weight.device

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
-from moeprune.checking import masking, subject
+from moeprune.checking import masking, structure, subject
 from moeprune.checking.samples import Batch
+from tests import tiny
 from tests.checking import pairs
+from tests.pruning import cutting
 
 KEEP = {0: (0, 3, 4, 7), 1: (1, 2, 5, 6), 2: (0, 2, 4, 5)}
 
 
 def _batch() -> Batch:
-    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(8, 200, (3, 24), generator=torch.Generator().manual_seed(1))
     return Batch(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool), (0, 1, 2))
 
 
@@ -42,3 +45,34 @@ def test_chunked_head_equals_the_whole_forward(tmp_path):
     assert torch.allclose(
         torch.cat([subject.head_logits(model, part) for part in states.split(7)]), expected, atol=1e-5
     )
+
+
+UNUSUAL = ("llama4_text", "zaya", "longcat_flash", "ernie4_5_moe", "inkling_text", "dots3_note", "gemma4_text")
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_unusual_routers(family, tmp_path):
+    """Tails behind the experts, biases elsewhere, routers in several parts, experts in the tower, capped heads."""
+    parent_folder = tiny.make(family, tmp_path / "parent")
+    keep = cutting.keep_lists(parent_folder, 6)
+    child_folder = cutting.cut(parent_folder, keep)
+    kind = getattr(transformers, tiny.FAMILIES[family][0])
+    parent, child = (kind.from_pretrained(f, dtype=torch.float32).eval() for f in (parent_folder, child_folder))
+    found = structure.examine(parent, child, keep, [_batch()])
+    assert found["status"] == "pass", found
+    with masking.maskable(masking.routed_blocks(parent)), masking.keeping(keep):
+        masked = subject.judged_states(parent, _batch())
+    assert torch.allclose(masked, subject.judged_states(child, _batch()), atol=1e-4)
+    with torch.no_grad():
+        expected = child(input_ids=_batch().ids_BT, use_cache=False).logits.flatten(0, 1)
+    assert torch.allclose(subject.head_logits(child, masked), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["jetmoe", "deepseek_v4"])
+def test_what_cannot_be_masked_says_so(family, tmp_path):
+    folder = tiny.make(family, tmp_path / "parent")
+    model = getattr(transformers, tiny.FAMILIES[family][0]).from_pretrained(folder).eval()
+    keep = cutting.keep_lists(folder, 6)
+    with pytest.raises(masking.CannotMask), masking.maskable(masking.routed_blocks(model)), masking.keeping(keep):
+        subject.judged_states(model, _batch())
+    assert structure.examine(model, model, keep, [_batch()])["status"] == "not tested"
