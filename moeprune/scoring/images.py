@@ -24,6 +24,7 @@ from moeprune.scoring.templates import Refused, Rules, render
 BOMB_PIXELS = 100_000_000  # declared by the file's header; such an image is refused before it is unpacked
 FILE_LIMIT = 200_000_000  # bytes of one image file
 PLACEHOLDER = "<image>"  # marks the place of an image in plain text, as LLaVA's data does
+PACKAGES = {"pillow": "PIL", "torchvision": "torchvision"}  # what the processors of vision models are made of
 TOKEN_NAMES = ("image_token_id", "image_token_index", "video_token_id", "media_placeholder_token_id")
 
 
@@ -108,10 +109,13 @@ def load_processor(tokenizer: Any, trust_remote_code: bool) -> Any:
 
     try:
         return AutoProcessor.from_pretrained(tokenizer.name_or_path, trust_remote_code=trust_remote_code)
-    except ImportError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MachineError(f"the model's image processor needs a package that is not here: {reason}") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, AttributeError) as error:
+        missing = [package for package, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            raise MachineError(
+                f"the image processor of this model needs {' and '.join(missing)}, which are not installed here; "
+                "install them (torchvision in the build that fits torch), or give calibration data without images"
+            ) from None
         raise InputError(f"{tokenizer.name_or_path}: no image processor can be loaded there: {error}") from None
 
 
