@@ -24,7 +24,7 @@ from moeprune.settings import Settings
 MANIFEST = "pruning.json"  # in the result: what it was made from, and how
 OUR_FILES = {MANIFEST, SCORES, writer.INDEX}
 BASE_MEMORY = 60_000_000  # bytes; the interpreter, numpy and one buffer
-MEMORY_PER_TENSOR = 2_000  # bytes; headers and actions of the parent, twice
+MEMORY_PER_TENSOR = 2_700  # bytes; measured on 90,000 tensors: headers, actions and their proof
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def proof(planned: Result, folder: Path) -> Verification:
 def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: int) -> Path:
     """The folder of the result: as asked, else named after the model and the counts."""
     if settings.pruned_output_path:
-        return Path(settings.pruned_output_path)
+        return Path(settings.pruned_output_path).expanduser()
     local = Path(settings.model_path).expanduser().exists()
     own = checkpoint.shards[0].stem if checkpoint.container == "gguf" else checkpoint.folder.name
     name = own.partition("-00001-of-")[0] if local else settings.model_path.partition("@")[0].split("/")[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -141,6 +142,17 @@ def test_lost_metadata(good) -> None:
     save_file(tensors, first_shard(good[1]), {"format": "np"})
     with pytest.raises(ResultError, match="__metadata__ of the result is wrong about format"):
         check(*good)
+
+
+def test_it_shares_no_code_with_what_it_checks() -> None:
+    folder = Path(verify.__file__).parent
+    found = set()
+    for name in ("verify", "verify_gguf", "evidence", "four_bit"):
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moeprune"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {"evidence", "four_bit", "verify", "evidence.Reader", "evidence.Stored", "verify.Verification"}
+    assert found <= {"moeprune.errors.ResultError", *(f"moeprune.pruning.{name}" for name in ours)}
 
 
 def test_another_plan(good) -> None:
