@@ -5,6 +5,7 @@
 # What a step does, and every setting it reads, is in the Python scripts. `./run.sh help` lists the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+container=moeprune-$$
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # spinning threads cost up to 10x where cores are shared
 torch_version=2.13.0
 
@@ -165,12 +166,25 @@ in_container() {
   local what=$1 name
   shift
   mount_paths "$@"
-  cmd=(docker compose run --rm)
+  cmd=(docker compose run --rm --name "$container")
   [[ -t 0 && -t 1 ]] || cmd+=(-T)
   for name in $(step_names); do
     [[ -z ${!name+set} ]] || cmd+=(-e "$name")
   done
   cmd+=("${mounts[@]}" "$(service "$what")" "$@")
+}
+
+# Without a terminal, a signal ends `docker compose run` and leaves the container running, so this stops it first.
+await_container() {
+  local status=0 child
+  "${cmd[@]}" <&0 &
+  child=$!
+  trap 'docker stop --time 60 "$container" >/dev/null 2>&1' INT TERM
+  wait "$child" || status=$?
+  trap - INT TERM
+  wait "$child" 2>/dev/null || true
+  docker rm --force "$container" >/dev/null 2>&1 || true
+  return "$status"
 }
 
 # What docker-compose.yml needs to know of this machine.
@@ -197,8 +211,13 @@ step() {
     cmd=("$@")
   fi
   say "+ $(printf '%q ' "${cmd[@]}")"
-  [[ $command == @(full|demo) ]] || exec "${cmd[@]}" # so that a signal to this script reaches the step
-  "${cmd[@]}"
+  if [[ $runtime == docker && ! -t 0 ]]; then
+    await_container
+  elif [[ $command == @(full|demo) ]]; then
+    "${cmd[@]}"
+  else
+    exec "${cmd[@]}" # so that a signal to this script reaches the step
+  fi
 }
 
 demo() { # every path is given, so that no setting of the user can point it elsewhere

@@ -58,7 +58,8 @@ class Place:
 
     def steps(self) -> list[str]:
         """Calls of `docker compose run`."""
-        return [call for call in self.calls("docker") if call.startswith("compose run")]
+        calls = [call for call in self.calls("docker") if call.startswith("compose run")]
+        return [re.sub(r" --name moeprune-\d+", "", call) for call in calls]
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -207,3 +209,24 @@ def test_serve_and_stop_through_compose(checkout, demo):
     assert "stopped pruned" in stopped.stderr
     left = checkout.call("docker", "compose", "--profile", "serve", "ps", "--all", "--quiet").stdout
     assert left == ""
+
+
+@pytest.mark.parametrize(("blow", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_and_leaves_no_container(checkout, blow, code):
+    words = ["./run.sh", "--docker", "shell", "-c", "echo up; trap 'exit 1' TERM INT; while :; do sleep 0.1; done"]
+    process = subprocess.Popen(
+        words,
+        cwd=checkout.folder,
+        env=checkout.environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "up\n"
+    os.killpg(process.pid, blow) if blow == signal.SIGINT else process.send_signal(blow)
+    assert process.wait(timeout=70) == code
+    end = time.monotonic() + 10
+    while checkout.call("docker", "ps", "--all", "--quiet", "--filter", "name=moeprune-").stdout:
+        assert time.monotonic() < end, "the container is still there"
+        time.sleep(0.2)
