@@ -193,8 +193,19 @@ compose_environment() {
   BASE_IMAGE=$(setting REAP_BASE_IMAGE)
   have_gpu || BASE_IMAGE=${BASE_IMAGE:-python:3.12-slim}
   CALLER=$(id -u):$(id -g)
-  export HF_HOME BASE_IMAGE CALLER
+  BUILT_FROM="$BASE_IMAGE $(cat Dockerfile requirements.txt | cksum)"
+  export HF_HOME BASE_IMAGE CALLER BUILT_FROM
   mkdir -p output "$HF_HOME"
+}
+
+build() { docker compose build "$@" reap-cpu >&2; } # both services use this image
+
+# The code is mounted, so only what the image was built from can grow old.
+build_if_old() {
+  local label='{{index .Config.Labels "built_from"}}'
+  [[ $(docker image inspect --format "$label" moeprune 2>/dev/null) != "$BUILT_FROM" ]] || return 0
+  say "building the image moeprune (again when requirements, Dockerfile or base image change)"
+  build || die "the image could not be built; see the lines above" 4
 }
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -275,7 +286,12 @@ main() {
   case $command in
     reap | preview | prune | test | full | combine | batch | demo | shell)
       choose_runtime "$command"
-      if [[ $runtime == docker ]]; then compose_environment; else set_up requirements.txt; fi
+      if [[ $runtime == native ]]; then
+        set_up requirements.txt
+      else
+        compose_environment
+        build_if_old
+      fi
       ;;
   esac
   case $command in
@@ -295,7 +311,7 @@ main() {
     check) check "$@" ;;
     build)
       compose_environment
-      docker compose build "$@" reap-cpu # both services use this image
+      build "$@"
       ;;
     shell)
       [[ $runtime == docker ]] || export PATH="$PWD/.venv/bin:$PATH"

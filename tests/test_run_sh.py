@@ -29,7 +29,7 @@ class Place:
         self.bin.mkdir(parents=True)
         (self.folder / "output").mkdir(parents=True)
         shutil.copy(ROOT / "run.sh", self.folder)
-        for name in ("requirements.txt", "requirements-dev.txt"):
+        for name in ("requirements.txt", "requirements-dev.txt", "Dockerfile"):
             (self.folder / name).write_text("numpy\n")
         self.stub("interpreter")
 
@@ -290,6 +290,24 @@ def test_a_gpu_machine_takes_the_standard_build(fresh):
     fresh.stub("nvidia-smi")
     fresh.run("--native", "reap", REAP_PYTHON="")
     assert pip_calls(fresh) == ["torch==2.13.0", "-r requirements.txt"]
+
+
+def test_the_image_is_built_again_only_when_what_it_is_made_of_changes(place):
+    place.stub("docker")
+    (place.bin / "docker").write_text(
+        '#!/bin/bash\nprintf "docker %s\\n" "$*" >>"$CALLS"\nlabel="${0%/*}/label"\n'
+        '[[ $* != image* ]] || cat "$label" 2>/dev/null\n'
+        '[[ $* != compose\\ build* ]] || printf "%s" "$BUILT_FROM" >"$label"\n'
+    )
+
+    def builds(**environ: str) -> int:
+        assert place.run("prune", **environ).returncode == 0
+        return sum(call.startswith("compose build") for call in place.calls("docker"))
+
+    assert (builds(), builds()) == (1, 0)
+    (place.folder / "requirements.txt").write_text("numpy\nscipy\n")
+    assert (builds(), builds()) == (1, 0)
+    assert builds(REAP_BASE_IMAGE="another") == 1
 
 
 def test_build_tells_compose_about_this_machine(place):
