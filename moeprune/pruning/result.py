@@ -118,10 +118,17 @@ def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: 
     """The folder of the result: as asked, else named after the model and the counts."""
     if settings.pruned_output_path:
         return Path(settings.pruned_output_path).expanduser()
-    local = Path(settings.model_path).expanduser().exists()
-    own = checkpoint.shards[0].stem if checkpoint.container == "gguf" else checkpoint.folder.name
-    name = own.partition("-00001-of-")[0] if local else settings.model_path.partition("@")[0].split("/")[-1]
-    return settings.output_path / f"{name}-reap-{kept}of{layout.experts}"
+    return settings.output_path / f"{_name_of_model(settings, checkpoint)}-reap-{kept}of{layout.experts}"
+
+
+def _name_of_model(settings: Settings, checkpoint: Checkpoint) -> str:
+    """The last part of a hub id, the stem of a GGUF file, or the folder's name; a hub cache names its folders by hash."""
+    folder = checkpoint.folder
+    if not Path(settings.model_path).expanduser().exists():
+        return settings.model_path.partition("@")[0].split("/")[-1]
+    if checkpoint.container == "gguf":
+        return checkpoint.shards[0].stem.partition("-00001-of-")[0]
+    return folder.parent.parent.name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
 
 
 def check_target(planned: Result, force: bool) -> None:

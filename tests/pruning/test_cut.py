@@ -276,6 +276,22 @@ def test_single_file_stays_single(tmp_path: Path) -> None:
     assert [path.name for path in child.glob("model*")] == ["model.safetensors"]
 
 
+def test_model_in_the_hub_cache(parent: Path, tmp_path: Path) -> None:
+    """Links to blobs become files, and the result has the model's name and not that of a revision."""
+    cache = tmp_path / "models--maker--Tiny-MoE"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "0123abc").mkdir(parents=True)
+    for number, path in enumerate(sorted(p for p in parent.iterdir() if p.is_file())):
+        (cache / "blobs" / str(number)).write_bytes(path.read_bytes())
+        (cache / "snapshots" / "0123abc" / path.name).symlink_to(Path("../../blobs") / str(number))
+    plan = cutting.write_plan(tmp_path / "plan.json", {f"model.layers.{i}": [0, 3, 5] for i in range(3)})
+    flags = ["--model-path", str(cache / "snapshots" / "0123abc"), "--plan", str(plan)]
+    prune_model.main([*flags, "--output-path", str(tmp_path / "out")])
+    child = tmp_path / "out" / "Tiny-MoE-reap-3of8"
+    assert not any(path.is_symlink() for path in child.rglob("*"))
+    assert weights(child) == weights(cut_to(parent, tmp_path / "plain", [0, 3, 5]))
+
+
 def test_starts_without_torch(parent: Path, tmp_path: Path) -> None:
     plan = cutting.write_plan(tmp_path / "plan.json", {f"model.layers.{i}": [0, 3, 5] for i in range(3)})
     code = "import sys, prune_model; prune_model.main(sys.argv[1:]); print(*{'torch', 'transformers'} & {*sys.modules})"
