@@ -122,7 +122,7 @@ def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: 
 
 
 def _name_of_model(settings: Settings, checkpoint: Checkpoint) -> str:
-    """The last part of a hub id, the stem of a GGUF file, or the folder's name; a hub cache names its folders by hash."""
+    """The last part of a hub id, the stem of a GGUF file, or the folder's name; a hub cache names folders by hash."""
     folder = checkpoint.folder
     if not Path(settings.model_path).expanduser().exists():
         return settings.model_path.partition("@")[0].split("/")[-1]
