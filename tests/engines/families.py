@@ -1,0 +1,62 @@
+"""Cut random models of the main families at sizes that vLLM accepts, and print what transformers continues with.
+
+python tests/engines/families.py FOLDER   ->   {"mixtral-cut": "[12, 7, ...]", ...}
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import prune_model
+from moeprune.checkpoint.families import understand
+from moeprune.checkpoint.folder import open_checkpoint
+from tests import tiny
+
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "head_dim": 64, "vocab_size": 512}
+LATENT = {"q_lora_rank": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
+FAMILIES = {
+    "qwen3_moe": {},
+    "mixtral": {},
+    "gpt_oss": {"sliding_window": 64},
+    "deepseek_v3": LATENT,
+    "glm4_moe": {},
+}
+
+
+# What the published configs say besides; vLLM reads it, transformers does not write it.
+PUBLISHED = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+
+
+def as_published(folder: Path) -> Path:
+    """The folder, with the fields that the family's own config has."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | PUBLISHED.get(config["model_type"], {})))
+    return folder
+
+
+def main(folder: Path) -> None:
+    """Cut, load with transformers, continue five tokens."""
+    tokens = {}
+    for family, more in FAMILIES.items():
+        parent = as_published(tiny.make(family, folder / family, **(SIZES | more)))
+        layout = understand(open_checkpoint(parent))
+        keep = {b.name: [0, 1, 3, 4, 6, 7] if i % 2 else [1, 2, 3, 5, 6, 7] for i, b in enumerate(layout.blocks)}
+        (folder / "plan.json").write_text(json.dumps({"keep": keep}))
+        child = folder / f"{family}-cut"
+        prune_model.main(["--model-path", str(parent), "--plan", str(folder / "plan.json"), "--pruned-output-path",
+                          str(child), "--output-path", str(folder), "--force"])  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(child, dtype=torch.float32)
+        asked = torch.tensor([[5, 9, 17, 33, 65]])
+        made = model.generate(
+            asked, attention_mask=torch.ones_like(asked), max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )
+        tokens[child.name] = str(made[0, 5:].tolist())
+    print(json.dumps(tokens))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
