@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from benchmarks.bench import RATIOS, Bench, Loss, Method, facts, spread, summed_up  # noqa: E402
 from moeprune.metadata import write_json  # noqa: E402
 from moeprune.planning.saliency import BLENDS  # noqa: E402
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, ten samples of each domain, half a minute")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # more only wait for each other on tensors as small as these
     begun = time.monotonic()
     seeds, per_domain = (1, 10) if arguments.quick else (arguments.seeds, arguments.samples)
     tokens = TOKENS // 4 if arguments.quick else TOKENS
