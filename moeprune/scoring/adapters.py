@@ -11,7 +11,7 @@ Legend of the array suffixes: T tokens, K experts per token, S slots sorted by e
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,13 +20,20 @@ import torch
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+from moeprune.checkpoint.families import Block
 from moeprune.errors import InputError, UsageError
+from moeprune.scoring.loading import LayerLoader
 from moeprune.scoring.observer import Observer, Site
 
-# Experts whose block multiplies their sum with a constant of its own, and the constant's name there.
-FACTORS = dict.fromkeys(
-    ("BeamExperts", "LagunaExperts", "MiniMaxM3VLExperts", "Step3p7Experts"), "routed_scaling_factor"
-)
+# Experts whose sum is multiplied with a constant, by themselves or by their block: module, owner -> the constant.
+FACTORS: dict[str, Callable[[Module, Module], Any]] = {
+    "BeamExperts": lambda _module, owner: owner.routed_scaling_factor,
+    "LagunaExperts": lambda _module, owner: owner.routed_scaling_factor,
+    "MiniMaxM3VLExperts": lambda _module, owner: owner.routed_scaling_factor,
+    "Step3p7Experts": lambda _module, owner: owner.routed_scaling_factor,
+    "OpenAIPrivacyFilterExperts": lambda _module, owner: owner.num_experts,  # of one token: its router divides by it
+    "NllbMoeExperts": lambda module, _owner: 1 - module.moe_token_dropout,
+}
 
 
 class Removable(Protocol):
@@ -207,24 +214,36 @@ ADAPTERS = (
 )
 
 
-def find_sites(observer: Observer, blocks: Sequence[Any]) -> None:
+def find_sites(observer: Observer, blocks: Sequence[Block]) -> None:
     """Find the modules that run each block's experts. Blocks that the model does not run (MTP) have none."""
-    loader, model = observer.stream.loader, observer.stream.model
-    modules = dict(model.named_modules())
+    modules = dict(observer.stream.model.named_modules())
     for block in blocks:
-        paths: dict[str, None] = {}
-        for part in block.parts:
-            if not part.router and part.kind != "ids":
-                for target in loader.targets_of(part.tensor):
-                    path = next((p for p in _ancestors(target) if p in modules and adapter_of(modules[p])), None)
-                    if path is not None and loader.layer_of(path):
-                        paths[path] = None
-        for path in paths:
-            factor = FACTORS.get(type(modules[path]).__name__)
-            owner = modules[path.rpartition(".")[0]]
-            observer.sites.append(
-                Site(block, path, loader.layer_of(path), float(getattr(owner, factor)) if factor else 1.0)
-            )
+        for path in _paths(observer.stream.loader, modules, block):
+            factor = FACTORS.get(type(modules[path]).__name__, lambda _module, _owner: 1.0)
+            value = float(factor(modules[path], modules[path.rpartition(".")[0]]))
+            observer.sites.append(Site(block, path, observer.stream.loader.layer_of(path), value))
+
+
+def _paths(loader: LayerLoader, modules: Mapping[str, Module], block: Block) -> list[str]:
+    """The modules that the block's expert tensors go into; beside the block's router where that is known."""
+    experts = [
+        target for p in block.parts if not p.router and p.kind != "ids" for target in loader.targets_of(p.tensor)
+    ]
+    routers = [target for part in block.parts if part.router for target in loader.targets_of(part.tensor)]
+    paths: dict[str, None] = {}
+    for target in dict.fromkeys(experts):
+        path = next((p for p in _ancestors(target) if p in modules and adapter_of(modules[p])), None)
+        if path is not None and loader.layer_of(path):
+            paths[_beside(path, routers, modules)] = None
+    return list(paths)
+
+
+def _beside(path: str, routers: Sequence[str], modules: Mapping[str, Module]) -> str:
+    """Experts of two kinds may lie together on disk; in memory each kind is beside its router."""
+    owner, _, name = path.rpartition(".")
+    if any(router.startswith(f"{owner}.") for router in routers):
+        return path
+    return next((f"{p}.{name}" for router in routers for p in _ancestors(router) if f"{p}.{name}" in modules), path)
 
 
 def _ancestors(path: str) -> list[str]:

@@ -53,9 +53,10 @@ class LayerLoader:
             for layer, names in self.wanted.items()
         }
         self.stored_bytes = {
-            layer: sum(checkpoint.tensors[s].nbytes for name in names for s in self.recipes[name].sources.values())
+            layer: sum(checkpoint.tensors[source].nbytes for source in self._sources(names))
             for layer, names in self.sources.items()
         }
+        self.dequantizes = any(recipe.make is not None for recipe in self.recipes.values())
         self._targets: dict[str, list[str]] = {}
         for name, recipe in self.recipes.items():
             for source in recipe.sources.values():
@@ -82,10 +83,11 @@ class LayerLoader:
     def _read(self, layer: str, skip: Iterable[str] = ()) -> Tensors:
         skipped = set(skip)
         names = [name for name in self.sources[layer] if self.memory_name[name] not in skipped]
-        return {
-            source: read_tensor(self.checkpoint.tensors[source])
-            for source in dict.fromkeys(source for name in names for source in self.recipes[name].sources.values())
-        }
+        return {source: read_tensor(self.checkpoint.tensors[source]) for source in self._sources(names)}
+
+    def _sources(self, names: Iterable[str]) -> list[str]:
+        """The stored tensors that these plain ones are made of, each once."""
+        return list(dict.fromkeys(source for name in names for source in self.recipes[name].sources.values()))
 
     def load(self, layer: str, skip: Iterable[str] = ()) -> None:
         """Fill a layer's parameters. `skip` names parameters that nobody will look at."""

@@ -43,7 +43,8 @@ def check_memory(loader: LayerLoader, device: torch.device) -> bool:
     largest = max(loader.layers, key=lambda layer: loader.nbytes[layer])
     layer, stored, outside = loader.nbytes[largest], loader.stored_bytes[largest], loader.nbytes[OUTSIDE]
     free = available()
-    need = stored + outside + layer if device.type == "cpu" else 2 * stored
+    # On a CPU: as stored, as one tensor for each expert where that is not the same, and stacked.
+    need = stored + outside + layer * (2 if loader.dequantizes else 1) if device.type == "cpu" else 2 * stored
     if need > free:
         raise MachineError(
             f"{largest} needs {size(need)} of memory while it is loaded, and {size(free)} are free here; "

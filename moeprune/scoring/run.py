@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -65,9 +66,14 @@ def forward(batch: Batch) -> Forward[None]:
     def run(model: PreTrainedModel) -> None:
         inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
         inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        model(**inputs, use_cache=False)
+        entrance(model)(**inputs, use_cache=False)
 
     return run
+
+
+def entrance(model: PreTrainedModel) -> Callable[..., Any]:
+    """What takes token ids: the model itself, or the part of a model of several that thinks before it talks."""
+    return model.thinker if hasattr(model, "thinker") else model  # type: ignore[no-any-return]
 
 
 class LayerProgress:

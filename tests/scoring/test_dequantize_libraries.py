@@ -1,4 +1,4 @@
-"""The same against the formats' own libraries, where they are installed; they are too heavy to be needed for a check."""
+"""The same against the formats' own libraries, where they are installed; they are too heavy for every check."""
 
 from __future__ import annotations
 
