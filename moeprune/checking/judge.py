@@ -65,9 +65,12 @@ def _compare(case: Case, settings: Settings, data: Data) -> dict[str, Any]:
     tokenizer = subject.load_tokenizer(case.pruned, settings)
     needed = sum(weight_bytes(folder) for folder in (case.pruned, case.parent) if folder)
     free = settings.judge_memory or memory.free(settings)
-    if needed * memory.MARGIN <= free:
-        return _loaded(case, settings, data, tokenizer)
     why = f"the weights take {console.size(needed)}, {console.size(free)} are free: streamed, without generation"
+    if needed * memory.MARGIN <= free:
+        try:
+            return _loaded(case, settings, data, tokenizer)
+        except subject.CannotLoad as error:
+            why = f"{error}: streamed, without generation"
     console.warn(why)
     if case.parent is None:
         raise MachineError(f"{why}; and {case.why_no_parent}, so nothing is left to test")

@@ -97,9 +97,10 @@ def from_masked(row: Mapping[str, Any] | None, why_not: str) -> dict[str, Any]:
     """The same question for streamed models, from the whole output alone: it cannot say where."""
     if row is None:
         return {"status": "not tested", "reason": why_not or "the pruned folder does not say which experts stayed"}
-    text = f"KL divergence to the parent without the dropped experts {row['kl']:.2g} (limit {MASKED_KL:g})"
     bad = row["kl"] > MASKED_KL
-    return {"status": "fail" if bad else "pass", "reason": text + ("; judge in memory to see where" if bad else "")}
+    text = f"KL divergence to the parent without the dropped experts {row['kl']:.2g} (limit {MASKED_KL:g})"
+    text += "; judge in memory to see where" if bad else "; one damaged expert of many could hide below that"
+    return {"status": "fail" if bad else "pass", "reason": text}
 
 
 def _finding(found: list[str], pairs: Sequence[Pair], tallies: Sequence[Tally], tokens: int) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from moeprune import metadata
 from moeprune.checking import masking
 from moeprune.checking.samples import Batch
 from moeprune.errors import InputError
@@ -65,26 +67,36 @@ class Loaded:
 
 
 def load_model(folder: Path, settings: Settings) -> Any:
-    """The model as plain transformers loads it, on the device that was asked for."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
+    """The model as plain transformers loads it, on the device that was asked for; every weight must be there."""
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
-    options["dtype"] = DTYPES.get(settings.dtype, "auto")
-    last: Exception | None = None
-    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            return kind.from_pretrained(folder, **options).eval().to(device(settings))
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            last = last or error
-    raise InputError(f"transformers cannot load {folder}: {last}")
+    options |= {"dtype": DTYPES.get(settings.dtype, "auto"), "output_loading_info": True}
+    try:
+        model, info = _model_class(folder).from_pretrained(folder, **options)
+        model = model.eval().to(device(settings))
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        raise CannotLoad(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
+    astray = [*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])]
+    if astray:
+        raise InputError(f"{folder} lacks or misshapes {len(astray)} weights, {min(astray)} for one; it cannot be used")
+    return model
+
+
+class CannotLoad(InputError):
+    """Plain transformers cannot load this model here; its layers may still be streamed."""
+
+
+def _model_class(folder: Path) -> Any:
+    """The class that the checkpoint names, where transformers has it."""
+    named = metadata.read_json(folder / "config.json", "the model's configuration").get("architectures") or [""]
+    return getattr(transformers, str(named[0]), None) or transformers.AutoModelForCausalLM
 
 
 def load_tokenizer(folder: Path, settings: Settings) -> Any:
     """The tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(
+        return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
     except (ValueError, KeyError, OSError) as error:

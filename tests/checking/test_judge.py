@@ -9,11 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from moeprune.checking import judge, preview
+from moeprune.checking import judge, preview, subject
 from moeprune.checking.case import find
 from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
+from moeprune.errors import InputError
 from moeprune.metadata import write_json
 from moeprune.settings import Settings
 from tests.checking import pairs
@@ -149,3 +151,29 @@ def test_without_a_parent_the_text_is_still_judged(tmp_path):
     statuses = {check["name"]: check["status"] for check in report["checks"]}
     assert statuses["KL"] == statuses["structure"] == "not tested"
     assert statuses["generated text"] in {"pass", "fail"}
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path):
+    folder = pairs.parent(tmp_path / "lacking")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.gate.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate\.weight"):
+        _judged(folder, tmp_path, evaluation_path="")
+
+
+def test_a_format_that_cannot_be_loaded_here_is_streamed(tmp_path, monkeypatch):
+    keep = {0: (0, 3, 4, 7), 1: (1, 2, 5, 6), 2: (0, 2, 4, 5)}
+    folder = pairs.cut(pairs.parent(tmp_path / "parent"), tmp_path / "cut", keep)
+    monkeypatch.setattr(subject, "_model_class", NeedsMore)
+    report = _judged(folder, tmp_path, evaluation_path="", evaluation_samples=8, max_kl=100.0)
+    assert "a package that is not here" in report["not_tested"]["generation"]
+    assert report["structure"]["status"] == "pass"
+
+
+class NeedsMore:
+    def __init__(self, folder):
+        pass
+
+    def from_pretrained(self, *_args, **_kwargs):
+        raise ImportError("this format needs a package that is not here")
