@@ -88,7 +88,7 @@ def experts(recipe: Json) -> Html | None:
     colours = [numbers.steps(layer.score_E) for layer in layers]
     picture = heat_map([_short(layer.block) for layer in layers], colours, [layer.kept for layer in layers], titles)
     return section("Experts", controls, picture, legend, anchor="experts",
-                   note="Rows are layers, columns are experts.")  # fmt: skip
+                   note="Rows are layers, columns are experts; wide models scroll sideways.")  # fmt: skip
 
 
 def heat_data(recipe: Json) -> Json:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from moeprune.checking.report.markup import Html, join, tag, text
 
 WIDTH, HEIGHT = 520, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 26, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 60, 26, 14, 44
+LABELS = 32  # layers that are named at most
 STEPS = 10  # colours of the heat map
 
 
@@ -167,7 +168,8 @@ def heat_map(
     picture = tag("svg", *rows, viewBox=f"0 0 {count} {len(colours)}", id="heat", role="img",
                   preserveAspectRatio="none", aria_label="layers by experts",
                   style=f"--columns:{count}")  # fmt: skip
-    labels = join(tag("span", name) for name in names)
+    every = math.ceil(len(names) / LABELS)
+    labels = join(tag("span", name if row % every == 0 else "") for row, name in enumerate(names))
     box = tag("div", picture, class_="scroll", tabindex=0, role="region", aria_label="heat map")
     return tag("div", tag("div", labels, class_="rows"), box, class_="heat", style=f"--rows:{len(colours)}")
 
