@@ -26,7 +26,7 @@ from moeprune.scoring.loading import LayerLoader
 from moeprune.scoring.observer import Observer, Site
 
 # Experts whose sum is multiplied with a constant, by themselves or by their block: module, owner -> the constant.
-FACTORS: dict[str, Callable[[Module, Module], Any]] = {
+FACTORS: dict[str, Callable[[Any, Any], Any]] = {
     "BeamExperts": lambda _module, owner: owner.routed_scaling_factor,
     "LagunaExperts": lambda _module, owner: owner.routed_scaling_factor,
     "MiniMaxM3VLExperts": lambda _module, owner: owner.routed_scaling_factor,
@@ -34,6 +34,10 @@ FACTORS: dict[str, Callable[[Module, Module], Any]] = {
     "OpenAIPrivacyFilterExperts": lambda _module, owner: owner.num_experts,  # of one token: its router divides by it
     "NllbMoeExperts": lambda module, _owner: 1 - module.moe_token_dropout,
 }
+
+
+def _no_factor(_module: Module, _owner: Module) -> float:
+    return 1.0
 
 
 class Removable(Protocol):
@@ -219,7 +223,7 @@ def find_sites(observer: Observer, blocks: Sequence[Block]) -> None:
     modules = dict(observer.stream.model.named_modules())
     for block in blocks:
         for path in _paths(observer.stream.loader, modules, block):
-            factor = FACTORS.get(type(modules[path]).__name__, lambda _module, _owner: 1.0)
+            factor = FACTORS.get(type(modules[path]).__name__, _no_factor)
             value = float(factor(modules[path], modules[path.rpartition(".")[0]]))
             observer.sites.append(Site(block, path, observer.stream.loader.layer_of(path), value))
 

@@ -49,7 +49,7 @@ class Parking:
     def unpark(self, batch: int) -> None:
         """The forward goes on: what it holds must be where the layer is. A file needs no moving back to memory."""
         for tensor in self._alive(batch):
-            if tensor.device != self.device:
+            if tensor.device.type != self.device.type:
                 tensor.data = tensor.data.to(self.device)
 
     def forget(self, batch: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -64,16 +63,19 @@ def forward(batch: Batch) -> Forward[None]:
     """The forward of one batch."""
 
     def run(model: PreTrainedModel) -> None:
-        inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+        called = entrance(model)
+        # model.device may be that of a layer that is not loaded.
+        device = next(called.get_input_embeddings().parameters()).device
+        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
         inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        entrance(model)(**inputs, use_cache=False)
+        called(**inputs, use_cache=False)
 
     return run
 
 
-def entrance(model: PreTrainedModel) -> Callable[..., Any]:
+def entrance(model: PreTrainedModel) -> Any:
     """What takes token ids: the model itself, or the part of a model of several that thinks before it talks."""
-    return model.thinker if hasattr(model, "thinker") else model  # type: ignore[no-any-return]
+    return model.get_submodule("thinker") if hasattr(model, "thinker") else model
 
 
 class LayerProgress:

@@ -37,7 +37,8 @@ def integers(words: torch.Tensor, bits: int, count: int | None = None) -> torch.
         whole = stream.shape[-1] // bits * bits
         powers = 2 ** torch.arange(bits, device=words.device)
         values = (stream[..., :whole].unflatten(-1, (-1, bits)) * powers).sum(-1)
-    return values[..., :count].int()
+    kept: torch.Tensor = values[..., :count].int()
+    return kept
 
 
 def spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None = None) -> torch.Tensor:
@@ -79,7 +80,8 @@ def awq(qweight_IW: torch.Tensor, qzeros_GW: torch.Tensor, scales_GO: torch.Tens
     order = torch.tensor(AWQ_ORDER, device=qweight_IW.device)
 
     def outputs(words: torch.Tensor) -> torch.Tensor:
-        return integers(words, bits).unflatten(-1, (-1, 32 // bits))[..., order].flatten(-2)
+        eights = integers(words, bits).view(*words.shape, 32 // bits)
+        return eights[..., order].flatten(-2)
 
     return grouped(outputs(qweight_IW).mT, scales_GO.mT, outputs(qzeros_GW).mT)
 
