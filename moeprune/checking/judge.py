@@ -9,14 +9,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from moeprune import console, metadata
-from moeprune.checking import checks, comparison, endpoint, generation, memory, samples, structure, subject
+from moeprune.checking import checks, comparison, endpoint, generation, samples, structure, subject
 from moeprune.checking.case import Case, weight_bytes
 from moeprune.errors import MachineError
+from moeprune.scoring.memory import available
 from moeprune.settings import Settings
 
 KIND = "test_report"
 GENERATING_TOKENS = 16_384  # prompt and new tokens in one batch of greedy generation
+MARGIN = 1.3  # activations, caches and logits beside the weights
 Data = tuple[Sequence[samples.Sample], Sequence[samples.Sample]]  # to compare on, to generate from
 
 
@@ -64,9 +68,9 @@ def _compare(case: Case, settings: Settings, data: Data) -> dict[str, Any]:
     """Everything that compares: in memory when both models fit, else streamed, without generation."""
     tokenizer = subject.load_tokenizer(case.pruned, settings)
     needed = sum(weight_bytes(folder) for folder in (case.pruned, case.parent) if folder)
-    free = settings.judge_memory or memory.free(settings)
+    free = settings.judge_memory or _free(settings)
     why = f"the weights take {console.size(needed)}, {console.size(free)} are free: streamed, without generation"
-    if needed * memory.MARGIN <= free:
+    if needed * MARGIN <= free:
         try:
             return _loaded(case, settings, data, tokenizer)
         except subject.CannotLoad as error:
@@ -75,6 +79,13 @@ def _compare(case: Case, settings: Settings, data: Data) -> dict[str, Any]:
     if case.parent is None:
         raise MachineError(f"{why}; and {case.why_no_parent}, so nothing is left to test")
     return _streamed(case, settings, data, tokenizer) | {"not_tested": {"generation": why}}
+
+
+def _free(settings: Settings) -> int:
+    """Bytes that loaded models may take where they compute."""
+    if subject.device(settings) == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return available()
 
 
 def _streamed(case: Case, settings: Settings, data: Data, tokenizer: Any) -> dict[str, Any]:

@@ -18,8 +18,6 @@ from moeprune.scoring.loading import OUTSIDE
 from moeprune.scoring.streaming import LayerStream
 from moeprune.settings import Settings
 
-ALIVE = 6  # copies of a hidden state that one waiting forward holds: residual stream, masks, rotary tables, work
-
 
 class Streamed:
     """See `subject.Subject`; needs memory for one layer, the head, and the hidden states of waiting batches."""
@@ -28,18 +26,10 @@ class Streamed:
         self.stream = LayerStream(open_checkpoint(folder), settings)
         self.model = self.stream.model
         self.vocabulary = vocabulary(self.model)
-        self.memory = settings.hidden_memory
 
     def variants(self, batches: Sequence[Batch], keeps: Sequence[masking.Keep | None]) -> list[list[torch.Tensor]]:
-        """See `Subject`. One pass over the weights, or several when the hidden states need more than their budget."""
-        jobs = [(batch, keep) for keep in keeps for batch in batches]
-        width = int(self.model.config.get_text_config().hidden_size)
-        states: list[torch.Tensor] = []
-        for group in _groups(jobs, lambda job: job[0].ids_BT.numel() * width * 4 * ALIVE, self.memory):
-            states += self._pass(group)
-        return [states[start : start + len(batches)] for start in range(0, len(states), len(batches))]
+        """See `Subject`. One pass over the weights; hidden states beyond their budget wait on the disk."""
 
-    def _pass(self, jobs: Sequence[tuple[Batch, masking.Keep | None]]) -> list[torch.Tensor]:
         def forward(batch: Batch, keep: masking.Keep | None) -> Callable[[PreTrainedModel], torch.Tensor]:
             def run(model: PreTrainedModel) -> torch.Tensor:
                 with masking.keeping(keep):
@@ -47,11 +37,12 @@ class Streamed:
 
             return run
 
-        progress = _Layers(len(self.stream.layers))
-        masked = any(keep is not None for _, keep in jobs)
+        jobs = [forward(batch, keep) for keep in keeps for batch in batches]
+        masked = any(keep is not None for keep in keeps)
         with masking.maskable(masking.routed_blocks(self.model) if masked else ()):
-            results = self.stream.run([forward(*job) for job in jobs], watchers=(progress,))
-        return [result for result in results if result is not None]
+            results = self.stream.run(jobs, watchers=(_Layers(len(self.stream.layers)),))
+        states = [result for result in results if result is not None]
+        return [states[start : start + len(batches)] for start in range(0, len(states), len(batches))]
 
     @contextmanager
     def head(self) -> Iterator[Head]:
@@ -79,20 +70,3 @@ class _Layers:
     def layer_ends(self, layer: str) -> None:  # noqa: ARG002
         """One more."""
         self.bar.step()
-
-
-Job = tuple[Batch, "masking.Keep | None"]
-
-
-def _groups(jobs: Sequence[Job], cost: Callable[[Job], int], budget: int) -> Iterator[list[Job]]:
-    """Consecutive jobs that fit the budget together; at least one each."""
-    group: list[Job] = []
-    spent = 0
-    for job in jobs:
-        if group and spent + cost(job) > budget:
-            yield group
-            group, spent = [], 0
-        group.append(job)
-        spent += cost(job)
-    if group:
-        yield group
