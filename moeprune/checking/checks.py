@@ -15,6 +15,7 @@ from moeprune.settings import Settings
 PASS, FAIL, NOT_TESTED = "pass", "fail", "not tested"
 NOTICEABLE_KL = 0.05  # between an 8-bit and a 4-bit quantization: below it few people notice
 
+DRIFT = 0.02  # texts in another script than the parent's, at the lower end of the interval
 CHANCE_SHARE = 0.85  # of the KL of a drawn cut; REAP has 0.05 (25%), 0.27 (50%) and 0.73 (75%) on the demo-sized model
 
 
@@ -109,6 +110,7 @@ def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     return [
         _limit("generated text", text, bad, f"limit {settings.max_broken:.0%} more", worse),
         *_rate_checks(generation),
+        *_script(generation),
     ]
 
 
@@ -124,6 +126,16 @@ def _rate_checks(generation: Mapping[str, Any]) -> list[Check]:
         reason = f"{generation['prompts']} prompts cannot show a doubling of a 3% loop rate; that needs "
         found[0] = Check("loops", NOT_TESTED, f"{reason}{generation['needed_prompts']} ({found[0].reason})", True)
     return found
+
+
+def _script(generation: Mapping[str, Any]) -> list[Check]:
+    """Has the model changed its language? Seen by the letters alone."""
+    drift = generation.get("script_drift")
+    if not drift or not drift["count"]:
+        return [Check("script", NOT_TESTED, "no prompt for which both models wrote letters")]
+    moves = ", ".join(f"{move} ({count})" for move, count in drift["moves"].items())
+    text = f"{drift['hits']} of {drift['count']} texts are in another script than the parent's"
+    return [Check("script", PASS, f"{text}: {moves}" if moves else text, drift["interval"][0] > DRIFT)]
 
 
 def _rate_check(name: str, rates: Mapping[str, Any], worse_is_more: bool) -> Check:

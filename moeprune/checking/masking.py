@@ -124,10 +124,11 @@ class _RouterMode(TorchFunctionMode):
 @contextmanager
 def maskable(blocks: Sequence[Routed], seen: Seen | None = None) -> Iterator[None]:
     """Within this, forwards through the blocks obey `active`; `seen` is shown the router logits as they were."""
+    worked: Counter[Routed] = Counter()  # how often each router was at work
     with ExitStack() as stack:
         for routed in blocks:
-            stack.enter_context(replaced_forward(routed.block, _with_biases(routed, blocks)))
-            stack.enter_context(replaced_forward(routed.router, _masked_forward(routed, blocks, seen)))
+            stack.enter_context(replaced_forward(routed.block, _with_biases(routed, blocks, worked)))
+            stack.enter_context(replaced_forward(routed.router, _masked_forward(routed, blocks, worked, seen)))
         yield
 
 
@@ -161,10 +162,13 @@ def _dropped(routed: Routed, blocks: Sequence[Routed]) -> torch.Tensor | None:
     return dropped_R
 
 
-def _masked_forward(routed: Routed, blocks: Sequence[Routed], seen: Seen | None) -> Callable[..., Any]:
+def _masked_forward(
+    routed: Routed, blocks: Sequence[Routed], worked: Counter[Routed], seen: Seen | None
+) -> Callable[..., Any]:
     original = routed.router.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        worked[routed] += 1
         dropped_R = _dropped(routed, blocks)
         if dropped_R is None and seen is None:
             return original(*args, **kwargs)
@@ -183,8 +187,11 @@ def _masked_forward(routed: Routed, blocks: Sequence[Routed], seen: Seen | None)
     return forward
 
 
-def _with_biases(routed: Routed, blocks: Sequence[Routed]) -> Callable[..., Any]:
-    """The block's forward, with minus infinity in numbers per expert that are added later (correction biases)."""
+def _with_biases(routed: Routed, blocks: Sequence[Routed], worked: Counter[Routed]) -> Callable[..., Any]:
+    """The block's forward, with minus infinity in numbers per expert that are added later (correction biases).
+
+    Some kernels compute the router's product themselves; a router that was passed over was not masked either.
+    """
     original = routed.block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -195,11 +202,15 @@ def _with_biases(routed: Routed, blocks: Sequence[Routed]) -> Callable[..., Any]
         before = [bias.data for bias in biases]
         for bias in biases:
             bias.data = bias.data.masked_fill(dropped_R[: bias.numel()].view_as(bias), float("-inf"))
+        earlier = worked[routed]
         try:
-            return original(*args, **kwargs)
+            result = original(*args, **kwargs)
         finally:
             for bias, data in zip(biases, before, strict=True):
                 bias.data = data
+        if worked[routed] == earlier:
+            raise CannotMask(f"{routed.name} does not call its router ({type(routed.router).__name__})")
+        return result
 
     return forward
 

@@ -200,6 +200,8 @@ def _hooks(routed: Routed, trace: Trace, given: Trace | None) -> list[Any]:
 def _compare_layer(pair: Pair, tally: Tally, one: Trace, other: Trace, attended_T: torch.Tensor) -> None:
     if one.input_TH is None and other.input_TH is None:  # a tower that text does not pass
         return
+    if one.logits is None or other.logits is None:
+        raise InputError(f"the router of {pair.parent.name} was not seen at work; it cannot be examined")
     keep = torch.tensor(pair.keep)
     named_C = torch.cat([keep, torch.arange(pair.parent.count, pair.parent.count + len(keep))])  # zero experts behind
 

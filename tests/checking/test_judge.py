@@ -11,7 +11,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moeprune.checking import judge, preview, subject
+from moeprune.checking import judge, masking, preview, subject
 from moeprune.checking.case import find
 from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
@@ -177,3 +177,17 @@ class NeedsMore:
 
     def from_pretrained(self, *_args, **_kwargs):
         raise ImportError("this format needs a package that is not here")
+
+
+def test_experts_that_cannot_be_masked_leave_the_rest_tested(tmp_path, monkeypatch):
+    def refuse(model):
+        raise masking.CannotMask("no router with experts was found")
+
+    keep = {0: (0, 3, 4, 7), 1: (1, 2, 5, 6), 2: (0, 2, 4, 5)}
+    folder = pairs.cut(pairs.parent(tmp_path / "parent"), tmp_path / "cut", keep)
+    monkeypatch.setattr(masking, "routed_blocks", refuse)
+    report = _judged(folder, tmp_path, evaluation_path="", evaluation_samples=8, max_kl=100.0)
+    found = {check["name"]: (check["status"], check["reason"]) for check in report["checks"]}
+    for name in ("structure", "better than chance"):
+        assert found[name] == ("not tested", "no router with experts was found")
+    assert found["KL"][0] == "pass"

@@ -76,3 +76,15 @@ def test_what_cannot_be_masked_says_so(family, tmp_path):
     with pytest.raises(masking.CannotMask), masking.maskable(masking.routed_blocks(model)), masking.keeping(keep):
         subject.judged_states(model, _batch())
     assert structure.examine(model, model, keep, [_batch()])["status"] == "not tested"
+
+
+def test_a_router_that_is_passed_over_is_not_taken_for_masked(tmp_path):
+    """As kernels do that compute the router's product themselves."""
+    model = AutoModelForCausalLM.from_pretrained(pairs.parent(tmp_path)).eval()
+    block = model.model.layers[1].mlp
+    block.forward = lambda x: x + torch.nn.functional.linear(x, block.gate.weight).sum()
+    keep = {f"model.layers.{layer}": ids for layer, ids in KEEP.items()}
+    masked = masking.maskable(masking.routed_blocks(model))
+    with pytest.raises(masking.CannotMask, match="does not call its router"), masked, masking.keeping(keep):
+        subject.judged_states(model, _batch())
+    assert structure.examine(model, model, keep, [_batch()])["status"] == "not tested"
