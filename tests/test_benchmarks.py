@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from benchmarks import show
@@ -22,7 +23,11 @@ RESULTS = ("methods.json", "calibration.json")
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(4)
+    """On one thread: more only wait for each other on tensors as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Bench(4)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
