@@ -9,8 +9,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+import torch
 
 from benchmarks import show
 from benchmarks.bench import DEMO, ROOT, Bench, Method, spread
