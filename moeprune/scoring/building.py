@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import Module, Parameter
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_tie_weights
@@ -19,6 +21,7 @@ from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError, MachineError, UsageError
 from moeprune.settings import Settings
 
+LARGE = 2**26  # elements; no buffer that a model computes with is that large and made empty
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REMOTE_CLASSES = (
     "AutoModelForCausalLM",
@@ -95,6 +98,18 @@ def _remote_hint(checkpoint: Checkpoint, settings: Settings) -> str:
     return ""
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors without content are made on the meta device: a stack of experts may exceed the memory by itself."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros) and kwargs.get("device") is None:
+            size = args[0] if args and not isinstance(args[0], int) else args or kwargs.get("size", ())
+            if math.prod(size) >= LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Parameters that modules make in here take no memory and get no initial values; buffers are made as usual."""
@@ -107,7 +122,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _LargeOnMeta():
+            yield
     finally:
         Module.register_parameter = register  # type: ignore[method-assign]
 

@@ -122,6 +122,15 @@ class LayerLoader:
             )
         self._refuse_missing(layer, [name for name in wanted if name in info.missing_keys])
 
+    def refuse_empty(self, skip: Iterable[str] = ()) -> None:
+        """What lies outside the layers must be complete once tied; it may not be tied to a layer that comes later."""
+        state, skipped = self.model.state_dict(keep_vars=True), set(skip)
+        empty = [name for name in self.wanted[OUTSIDE] if state[name].is_meta and name not in skipped]
+        if empty:
+            raise InputError(
+                f"{type(self.model).__name__} cannot be streamed: {empty[0]} is no layer's own and not on the disk"
+            )
+
     def _refuse_missing(self, layer: str, missing: Sequence[str]) -> None:
         """Tied parameters may be missing outside the layers; anything else must be on disk."""
         tied = getattr(self.model, "all_tied_weights_keys", {})

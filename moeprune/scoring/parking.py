@@ -27,8 +27,8 @@ class Parking:
         self.device, self.folder = device, folder
         self.device_limit, self.memory_limit = device_limit, memory_limit
         self._known: dict[int, list[weakref.ref[torch.Tensor]]] = {}
-        self._bytes: dict[int, tuple[int, int]] = {}  # batch -> on the device, in memory
-        self.on_device = self.in_memory = 0
+        self._bytes: dict[int, tuple[int, int, int]] = {}  # batch -> on the device, in memory, in files
+        self.on_device = self.in_memory = self.in_files = 0
         self.spilled = 0  # bytes written to files so far
 
     def park(self, batch: int, handed_over: Any) -> None:
@@ -57,6 +57,11 @@ class Parking:
         self._known.pop(batch, None)
         self._count(batch)
 
+    @property
+    def held(self) -> int:
+        """Bytes that the waiting forwards hold, wherever they are."""
+        return self.on_device + self.in_memory + self.in_files
+
     def _alive(self, batch: int) -> list[torch.Tensor]:
         return [tensor for ref in self._known.get(batch, []) if (tensor := ref()) is not None]
 
@@ -65,10 +70,12 @@ class Parking:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self._alive(batch)}
         here = sum(storage.nbytes() for storage in storages.values() if storage.device.type != "cpu")
         memory = sum(s.nbytes() for s in storages.values() if s.device.type == "cpu" and s.filename is None)
-        before = self._bytes.pop(batch, (0, 0))
-        self._bytes[batch] = (here, memory)
+        files = sum(s.nbytes() for s in storages.values() if s.device.type == "cpu" and s.filename is not None)
+        before = self._bytes.pop(batch, (0, 0, 0))
+        self._bytes[batch] = (here, memory, files)
         self.on_device += here - before[0]
         self.in_memory += memory - before[1]
+        self.in_files += files - before[2]
 
     def _to_file(self, tensor: torch.Tensor) -> None:
         """Exchange a tensor's storage for a file that has no name any more: it goes when the tensor does."""

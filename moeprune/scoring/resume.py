@@ -67,9 +67,17 @@ class SavedState:
         path = self._data / f"{batch:06d}.pt"
         return torch.load(path, weights_only=True, map_location=device, mmap=device.type == "cpu")
 
-    def begin(self, layer: str) -> bool:
-        """A layer is about to run: whether its outputs are to be kept."""
+    def begin(self, layer: str, held_bytes: int) -> bool:
+        """A layer is about to run: whether its outputs, about as large as what the forwards hold, are to be kept."""
         if time.monotonic() - self._last < self._cost_s / SHARE:
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < 2 * held_bytes:
+            console.warn(
+                f"{console.size(free)} are free in {self.folder}, too little to save {console.size(held_bytes)} of "
+                "hidden states: if this run is killed, it begins anew"
+            )
             return False
         self._writing = self.folder / f"behind-{layer}"
         self._writing.mkdir(parents=True, exist_ok=True)
@@ -100,7 +108,7 @@ class SavedState:
         self._cost_s = self._clock + self._last - begun
 
     def remove(self) -> None:
-        """The run is complete."""
+        """The run is complete, or its state is of no use."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -93,8 +93,10 @@ class LayerStream:
 
         with torch.no_grad(), ExitStack() as stack:
             stack.callback(self.loader.drop, OUTSIDE)
-            self.loader.load(OUTSIDE, skip=self._head() if until else ())
+            unused = self._head() if until else ()
+            self.loader.load(OUTSIDE, skip=unused)
             self.model.tie_weights()
+            self.loader.refuse_empty(skip=unused)
             skipped = self._skipped(state)
             stack.enter_context(self._handing_out(skipped, state))
             stack.enter_context(self._stops(until, skipped, state))
@@ -124,7 +126,7 @@ class LayerStream:
             self._read_ahead(layer)
             for watcher in watchers:
                 watcher.layer_begins(layer)
-            self._saving = state is not None and state.begin(layer)
+            self._saving = state is not None and state.begin(layer, self.parking.held)
             for index in [index for index, at in waiting.items() if at == layer]:
                 waiting[index] = enter(index)
             self.loader.drop(layer)

@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
+from moeprune.errors import InputError
 from moeprune.scoring.adapters import attached, find_sites
 from moeprune.scoring.batching import Batch
 from moeprune.scoring.observer import Observer, Site
@@ -91,6 +92,13 @@ def name_vision_token(folder: Path) -> None:
     config = tiny.read_config(folder)
     config.get("thinker_config", config)["vision_start_token_id"] = 4
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", NOT_STREAMED)
+def test_what_cannot_be_streamed_says_so(family: str, tmp_path) -> None:
+    stream = LayerStream(open_checkpoint(streamed.checkpoint(family)), streamed.settings(tmp_path))
+    with pytest.raises(InputError, match="cannot be streamed"):
+        stream.run(forwards(stream, streamed.batches(count=1)))
 
 
 class Checked:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moeprune import console
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import InputError, MachineError
-from moeprune.scoring import memory, streaming
+from moeprune.scoring import memory, resume, streaming
 from moeprune.scoring.run import forward
 from moeprune.scoring.streaming import LayerStream
 from tests.scoring import streamed
@@ -115,3 +117,14 @@ def test_an_error_in_one_forward_ends_the_run_and_leaves_no_hooks(tmp_path):
         stream.run([logits(streamed.batches()[0]), broken])
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in stream.layers.values())
     assert streaming.find_layers(stream.model)
+
+
+def test_a_disk_that_is_too_small_for_the_state_is_said_and_does_no_harm(tmp_path, monkeypatch):
+    folder, data = streamed.checkpoint("qwen3_moe"), streamed.batches(length=240)
+    monkeypatch.setattr(resume, "SHARE", 1e9)
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    stream = LayerStream(open_checkpoint(folder), streamed.settings(tmp_path))
+    state = resume.SavedState(tmp_path / "state", "x", dict)
+    stream.run([logits(batch) for batch in data], state=state)
+    assert any("too little to save" in line for line in console.warnings())
+    assert not list((tmp_path / "state").iterdir())
