@@ -15,7 +15,7 @@ import torch
 
 from moeprune import console
 from moeprune.errors import InputError
-from moeprune.scoring import images
+from moeprune.scoring import images, processors
 from moeprune.scoring.samples import Sample
 from moeprune.scoring.templates import Refused, Rules, encode, render, thinking_switch
 
@@ -113,7 +113,7 @@ class Encoder:
         if len(ids) > self.rules.max_seq_len:
             self.skipped["longer than max_seq_len with its images"] += 1
             return None
-        tokens = images.image_tokens(self.config, self._processor)
+        tokens = processors.image_tokens(self.config, self._processor)
         uncounted = self._uncounted - tokens
         document = Document(array("i", ids), sample.domain, slice_, frozenset(tokens), uncounted, aligned, stacked)
         if not document.seen:
@@ -134,7 +134,7 @@ class Encoder:
 
     @cached_property
     def _processor(self) -> Any:
-        return images.load_processor(self.tokenizer, self.trust_remote_code)
+        return processors.load_processor(self.tokenizer, self.config, self.trust_remote_code)
 
 
 REFUSED = "refused by the chat template"

@@ -24,8 +24,6 @@ from moeprune.scoring.templates import Refused, Rules, render
 BOMB_PIXELS = 100_000_000  # declared by the file's header; such an image is refused before it is unpacked
 FILE_LIMIT = 200_000_000  # bytes of one image file
 PLACEHOLDER = "<image>"  # marks the place of an image in plain text, as LLaVA's data does
-PACKAGES = {"pillow": "PIL", "torchvision": "torchvision"}  # what the processors of vision models are made of
-TOKEN_NAMES = ("image_token_id", "image_token_index", "video_token_id", "media_placeholder_token_id")
 
 
 class BadImage(Exception):
@@ -99,31 +97,6 @@ def _unpacked(source: str | bytes, name: str) -> Any:
 def takes_images(config: Any) -> bool:
     """Whether the model has a vision tower."""
     return any(getattr(config, name, None) is not None for name in ("vision_config", "vit_config", "vision_model"))
-
-
-def load_processor(tokenizer: Any, trust_remote_code: bool) -> Any:
-    """The model's own processor, from the folder that its tokenizer came from."""
-    if hasattr(tokenizer, "tokenizer"):  # it is one
-        return tokenizer
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(tokenizer.name_or_path, trust_remote_code=trust_remote_code)
-    except (ImportError, OSError, ValueError, KeyError, AttributeError) as error:
-        missing = [package for package, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            raise MachineError(
-                f"the image processor of this model needs {' and '.join(missing)}, which are not installed here; "
-                "install them (torchvision in the build that fits torch), or give calibration data without images"
-            ) from None
-        raise InputError(f"{tokenizer.name_or_path}: no image processor can be loaded there: {error}") from None
-
-
-def image_tokens(config: Any, processor: Any) -> set[int]:
-    """The ids that stand for pieces of images in the model's input."""
-    places = (config, processor)
-    found = {getattr(place, name, None) for place in places for name in TOKEN_NAMES}
-    return {token for token in found if isinstance(token, int)}
 
 
 def placed(sample: Sample) -> Sample:

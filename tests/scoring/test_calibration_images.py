@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("PIL", reason="calibration images need pillow")
 from PIL import Image
 
 from moeprune import console
-from moeprune.errors import InputError
+from moeprune.errors import InputError, MachineError
 from moeprune.scoring.calibration import load_calibration
 from moeprune.scoring.images import BadImage, Reader, placed
 from moeprune.scoring.samples import Sample
@@ -62,14 +60,14 @@ def mixed(folder: Path, seed: int = 0) -> str:
 
 @pytest.fixture(scope="module", params=vision.FAMILIES)
 def family(request):
-    name, processor, needs_torchvision = vision.FAMILIES[request.param]
-    if needs_torchvision and importlib.util.find_spec("torchvision") is None:
-        pytest.skip("this processor needs torchvision")
-    return tiny.build(name), processor()
+    name, family = request.param, vision.FAMILIES[request.param]
+    if family.needs_torchvision and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("transformers has no image processor of this family that does without torchvision")
+    return tiny.build(name, **family.model), vision.processor(name), family.budget
 
 
 def test_image_tokens_are_counted_as_such(family, tmp_path):
-    model, processor = family
+    model, processor, budget = family
     calibration = load_calibration(Settings(calibration_path=mixed(tmp_path / "data")), processor, model.config)
     assert calibration.domains == ("calibration_data", "calibration_data [image]", "text")
     found = dict.fromkeys(range(3), 0)
@@ -81,13 +79,15 @@ def test_image_tokens_are_counted_as_such(family, tmp_path):
     summary = calibration.summary["domains"]
     assert [summary[name]["tokens"] for name in calibration.domains] == list(found.values())
     assert summary["calibration_data [image]"]["samples"] == 3
-    # Every image becomes at least one token per 16 x 16 pixels and at most one per 8 x 8.
     pixels = sum(width * height for width, height in SIZES)
-    assert pixels / 256 <= found[1] <= pixels / 64 + 3
+    if budget:
+        assert 3 * budget / 2 <= found[1] <= 3 * budget
+    else:  # at least one token per 16 x 16 pixels and at most one per 8 x 8
+        assert pixels / 256 <= found[1] <= pixels / 64 + 3
 
 
 def test_changing_an_image_moves_no_other_document(family, tmp_path):
-    model, processor = family
+    model, processor, _ = family
 
     def logits(seed):
         settings = Settings(calibration_path=mixed(tmp_path / str(seed), seed))
@@ -105,7 +105,7 @@ def test_changing_an_image_moves_no_other_document(family, tmp_path):
 
 
 def test_images_give_the_same_logits_alone_and_together(family, tmp_path):
-    model, processor = family
+    model, processor, _ = family
     path = mixed(tmp_path / "data")
 
     def first_rows(batch_size):
@@ -130,9 +130,15 @@ def test_images_give_the_same_logits_alone_and_together(family, tmp_path):
 # ----------------------------------------------------------------------------------------------------- bad images
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="with torchvision it works")
+def test_a_processor_that_needs_torchvision_says_so():
+    with pytest.raises(MachineError, match=r"needs torchvision, not installed here; install"):
+        vision.processor("kimi_k25")
+
+
 @pytest.fixture
-def stand_in():
-    return vision.StandIn(), tiny.config("qwen3_vl_moe")
+def qwen():
+    return vision.processor("qwen3_vl_moe"), tiny.config("qwen3_vl_moe")
 
 
 def bad_images(folder: Path) -> dict[str, str]:
@@ -160,26 +166,26 @@ def test_each_bad_image_is_named_with_its_reason(tmp_path):
         assert name in reader.bad[0]
 
 
-def test_bad_images_end_the_run_unless_allowed(tmp_path, stand_in):
+def test_bad_images_end_the_run_unless_allowed(tmp_path, qwen):
     names = [*bad_images(tmp_path), "good.png"]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"image": name, "prompt": "What is it?"}) + "\n" for name in names))
     with pytest.raises(InputError, match=r"6 calibration images cannot be used: .*--bad-images 6") as caught:
-        load_calibration(Settings(calibration_path=str(path)), *stand_in)
+        load_calibration(Settings(calibration_path=str(path)), *qwen)
     assert "\n" not in str(caught.value)
-    calibration = load_calibration(Settings(calibration_path=str(path), bad_images=6), *stand_in)
+    calibration = load_calibration(Settings(calibration_path=str(path), bad_images=6), *qwen)
     assert calibration.summary["skipped"] == {"an image that cannot be used": 6}
     assert len(calibration.summary["bad_images"]) == 6
     assert any("6 calibration images cannot be used" in line for line in console.warnings())
 
 
-def test_images_inside_parquet(tmp_path, stand_in):
+def test_images_inside_parquet(tmp_path, qwen):
     import pyarrow.parquet
 
     content = noise(tmp_path / "a.png", 24, 24).read_bytes()
     rows = [{"image": {"bytes": content, "path": "a.png"}, "question": "What?", "answer": "Noise."}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    summary = load_calibration(Settings(calibration_path=str(tmp_path / "x.parquet")), *stand_in).summary
+    summary = load_calibration(Settings(calibration_path=str(tmp_path / "x.parquet")), *qwen).summary
     assert summary["domains"]["x [image]"] == {"samples": 1, "tokens": 9}
 
 
@@ -189,9 +195,9 @@ def test_large_images_are_scaled_down(tmp_path):
     assert abs(image.width - 2 * image.height) <= 2
 
 
-def test_a_sample_that_is_too_long_with_its_image_is_not_cut(tmp_path, stand_in):
+def test_a_sample_that_is_too_long_with_its_image_is_not_cut(tmp_path, qwen):
     path = mixed(tmp_path / "data")
-    summary = load_calibration(Settings(calibration_path=path, max_seq_len=140), *stand_in).summary
+    summary = load_calibration(Settings(calibration_path=path, max_seq_len=140), *qwen).summary
     assert summary["skipped"] == {"longer than max_seq_len with its images": 1}
     assert summary["cut_to_max_seq_len"] == 0
 
