@@ -102,7 +102,7 @@ def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     own, parents = (generation["rates"]["broken"][who] for who in ("pruned", "parent"))
     base = parents["rate"] if parents else 0.0
     text = f"{own['hits']} of {own['count']} texts are broken (loops, empty, broken characters)"
-    text += f", of the parent's {parents['hits']}" if parents else "; the parent was not asked"
+    text += f", {parents['hits']} of the parent's" if parents else "; the parent was not asked"
     bad = own["rate"] - base > settings.max_broken
     worse = (
         statistics.more_often(own["hits"], own["count"], parents["hits"], parents["count"]) > 2 if parents else False

@@ -68,6 +68,7 @@ class Loaded:
 
 def load_model(folder: Path, settings: Settings) -> Any:
     """The model as plain transformers loads it, on the device that was asked for; every weight must be there."""
+    transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
     options |= {"dtype": DTYPES.get(settings.dtype, "auto"), "output_loading_info": True}
     try:

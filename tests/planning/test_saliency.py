@@ -186,6 +186,7 @@ def test_auto_follows_mode_and_domains():
     assert saliency.resolve(one) == ("reap", "pooled")
     assert saliency.resolve(two) == ("weighted_ean_sum", "shares")
     assert saliency.resolve(two, blend="pooled") == ("reap", "pooled")
+    assert saliency.resolve(two, blend="weighted") == ("weighted_ean_sum", "weighted")
     assert saliency.resolve(two, blend="maxmin") == ("weighted_ean_sum", "maxmin")
     assert saliency.resolve(two, "reap") == ("reap", "pooled")
     assert saliency.resolve(two, "reap", weighted=True) == ("reap", "weighted")
