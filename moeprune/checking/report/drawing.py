@@ -13,6 +13,7 @@ from moeprune.checking.report.markup import Html, join, tag, text
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 60, 26, 14, 44
+COLOURS = 6  # of lines, in the page's style
 LABELS = 32  # layers that are named at most
 STEPS = 10  # colours of the heat map
 
@@ -50,7 +51,7 @@ def draw(chart: Chart) -> Html:
     scale = _Scale(chart)
     parts: list[Html] = [*_grid(chart, scale)]
     for index, line in enumerate(chart.lines):
-        parts += _line(line, scale, index)
+        parts += _line(line, scale, index % COLOURS)
     parts += [_dot(scale, x, y, name) for x, y, name in chart.dots]
     parts += _marks(chart, scale)
     picture = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
@@ -149,7 +150,7 @@ def _marks(chart: Chart, scale: _Scale) -> list[Html]:
 
 def _legend(chart: Chart) -> Html:
     items = [
-        tag("span", tag("i", class_="key dash" if line.dashed else f"key s{index}"), line.name)
+        tag("span", tag("i", class_="key dash" if line.dashed else f"key s{index % COLOURS}"), line.name)
         for index, line in enumerate(chart.lines)
     ]
     items += [tag("span", tag("i", class_="key dotted"), name) for name in dict.fromkeys(n for _, _, n in chart.dots)]
