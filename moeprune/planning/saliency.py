@@ -112,9 +112,9 @@ def resolve(sums: Sums, metric: str = "auto", blend: str = "auto", weighted: boo
 
     Several domains: shares of weighted_ean_sum, the REAP criterion before its division by n_j. On data of unequal
     domains its KL was level with plain REAP's at 25% and below it at 50 and 75% (docs/measurements.md, with the blends
-    that come near it). Shares of `reap` itself would let rare loud experts fill a domain's share, and in a balanced mix it
-    lost to weighted_ean_sum on 12 of 12 draws, so `reap` is chosen for one domain or the blend pooled alone. A metric
-    that is a mean is blended as published, pooled, unless another blend is named.
+    that come near it). Shares of `reap` itself would let rare loud experts fill a domain's share, and in a balanced
+    mix it lost to weighted_ean_sum on 12 of 12 draws, so `reap` is chosen for one domain or the blend pooled alone. A
+    metric that is a mean is blended as published, pooled, unless another blend is named.
     """
     several = len(sums.domains) > 1
     if metric not in {"auto", *METRICS}:
