@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeprune import metadata
+from moeprune import VERSION, metadata
 from moeprune.checkpoint import folder as checkpoints
 from moeprune.errors import InputError
 from moeprune.settings import Settings
@@ -67,7 +67,7 @@ def _recipe(path: Path, kind: str) -> dict[str, Any]:
 
 def fingerprint(case: Case | None, settings: Settings) -> str:
     """Over both models, the held-out data and every setting that can change a number or a verdict."""
-    parts: list[str | Path] = [str(getattr(settings, name)) for name in SHAPING]
+    parts: list[str | Path] = [VERSION, *(str(getattr(settings, name)) for name in SHAPING)]
     if case is not None:
         folders = [folder for folder in (case.pruned, case.parent) if folder]
         parts += [checkpoints.fingerprint(checkpoints.open_checkpoint(folder)) for folder in folders]

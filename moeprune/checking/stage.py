@@ -24,6 +24,8 @@ def main(settings: Settings) -> None:
     if current:
         console.say(f"{target} is current; --force judges again")
         result = metadata.read_result(target, KIND)
+        if not (settings.output_path / report.NAME).exists():
+            report.write(settings.output_path)
     else:
         from moeprune.checking.judge import judge
 
