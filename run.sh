@@ -257,7 +257,7 @@ check() {
   else
     say "no docker compose here, so docker-compose.yml is only checked by the tests"
   fi
-  try env OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadgroup "$@"
+  try env OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadgroup -rs "$@"
   [[ -z $failed ]] || die "check failed:$failed" 1
 }
 
