@@ -272,13 +272,30 @@ def attached(observer: Observer) -> Iterator[None]:
             assert adapter is not None
             if observer.mode == "full" and not adapter.every_expert(module):
                 raise UsageError(f"mode full cannot run all experts of {type(module).__name__}; use mode routed")
-            hooks += adapter.attach(observer, site, module)
+            hooks += attach_kinds(observer, site) + adapter.attach(observer, site, module)
             if observer.mode != "routed":
                 hooks += attach_router(observer, site)
         yield
     finally:
         for hook in reversed(hooks):
             hook.remove()
+
+
+def attach_kinds(observer: Observer, site: Site) -> list[Removable]:
+    """Where text and images have experts of their own (ERNIE-4.5-VL), remember which tokens go to this site's."""
+    modules = site.path.split(".")
+    if modules[-2:-1] not in (["text_moe"], ["vision_moe"]):
+        return []
+    both = observer.stream.model.get_submodule(".".join(modules[:-2]))
+    signature = inspect.signature(type(both).forward)
+
+    def split(_module: Module, args: Any, kwargs: Any) -> None:
+        kind = signature.bind(both, *args, **kwargs).arguments.get("moe_mm_token_type_ids")
+        site.rows = None  # without images all tokens are text
+        if kind is not None and bool(kind.any()):
+            site.rows = (kind.reshape(-1).bool() == (modules[-2] == "vision_moe")).nonzero().squeeze(-1)
+
+    return [both.register_forward_pre_hook(split, with_kwargs=True)]
 
 
 def attach_router(observer: Observer, site: Site) -> list[Removable]:

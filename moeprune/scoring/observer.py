@@ -57,6 +57,7 @@ class Site:
     path: str  # of the module that runs the experts
     layer: str
     factor: float = 1.0  # what the block multiplies with behind the experts
+    rows: torch.Tensor | None = None  # which tokens of the batch come here; None: all
     slots: Slots | None = None
     scores_TE: torch.Tensor | None = None  # what the router put out, in modes full and router
     scoring: str = ""  # how scores become probabilities, found on the first batch
@@ -110,22 +111,26 @@ class Observer:
         if site.all_tokens is not None and site.probability_TE is not None:  # the probability stands in for the gate
             site.slots = Slots(expert_S, token_S, site.all_tokens[token_S], site.probability_TE[token_S, expert_S])
             return
-        if len(x_TH) != len(self._bucket_T):
+        bucket_T = self._buckets_of(site)
+        if len(x_TH) != len(bucket_T):
             raise InputError(
-                f"block {site.block.name} gets {len(x_TH)} tokens of a batch of {len(self._bucket_T)}; this kind of "
+                f"block {site.block.name} gets {len(x_TH)} tokens of a batch of {len(bucket_T)}; this kind of "
                 "model needs an adapter of its own in moeprune/scoring/adapters.py"
             )
         tally = self._tallies[site.path]
-        site.slots = Slots(expert_S, token_S, self._bucket_T[token_S], gate_S.double() * site.factor)
-        tally.add_tokens(self._bucket_T)
+        site.slots = Slots(expert_S, token_S, bucket_T[token_S], gate_S.double() * site.factor)
+        tally.add_tokens(bucket_T)
         tally.add_gates(site.slots.expert_S, site.slots.bucket_S, site.slots.gate_S)
         if self.mode == "router":
             norm_T = torch.linalg.vector_norm(x_TH, dim=-1, dtype=torch.float32)
-            tally.add_all("router_sum", self._probabilities(site) * norm_T.double().unsqueeze(-1), self._bucket_T)
+            tally.add_all("router_sum", self._probabilities(site) * norm_T.double().unsqueeze(-1), bucket_T)
+
+    def _buckets_of(self, site: Site) -> torch.Tensor:
+        return self._bucket_T if site.rows is None else self._bucket_T[site.rows]
 
     def router_gave(self, site: Site, scores: torch.Tensor) -> None:
         """A module of the router has an output; the last one that has a column for every expert is the right one."""
-        if scores.shape[-1] >= site.block.experts and scores.numel() // scores.shape[-1] == len(self._bucket_T):
+        if scores.shape[-1] >= site.block.experts and scores.numel() // scores.shape[-1] == len(self._buckets_of(site)):
             site.scores_TE = scores.reshape(-1, scores.shape[-1])
 
     def _probabilities(self, site: Site) -> torch.Tensor:
@@ -143,12 +148,13 @@ class Observer:
         if self.mode != "full" or site.all_tokens is not None:
             return
         experts = site.block.experts
-        probability_TE, width = self._probabilities(site), max(x_TH.shape[-1], _inner_size(module))
+        bucket_T, probability_TE = self._buckets_of(site), self._probabilities(site)
+        width = max(x_TH.shape[-1], _inner_size(module))
         chunk = max(1, FULL_BYTES // (2 * experts * width * x_TH.element_size()))
         for start in range(0, len(x_TH), chunk):
             rows = slice(start, start + chunk)
             x = x_TH[rows]
-            site.all_tokens, site.probability_TE = self._bucket_T[rows], probability_TE[rows]
+            site.all_tokens, site.probability_TE = bucket_T[rows], probability_TE[rows]
             index_TE = torch.arange(experts, device=x.device).expand(len(x), experts)
             module(x, index_TE, torch.ones(len(x), experts, dtype=x.dtype, device=x.device))
         site.all_tokens = site.probability_TE = None

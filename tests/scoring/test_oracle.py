@@ -32,16 +32,18 @@ def expert_output(experts: Module, expert: int, x_H: torch.Tensor) -> torch.Tens
     return down @ (silu(gate) * value)
 
 
-def blocks(model: torch.nn.Module) -> dict[str, Module]:
+def blocks(model: torch.nn.Module, ending: str) -> dict[str, Module]:
     """Layer name -> MoE block."""
-    return {n.rpartition(".")[0]: m for n, m in model.named_modules() if hasattr(m, "experts") and n.endswith(".mlp")}
+    return {n.rpartition(".")[0]: m for n, m in model.named_modules() if hasattr(m, "experts") and n.endswith(ending)}
 
 
-def oracle(folder: Any, data: list[Any]) -> dict[str, dict[str, Any]]:
-    """block -> statistic -> [D, E], the long way round."""
+def oracle(
+    folder: Any, data: list[Any], ending: str = ".mlp", reach: list[Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """block -> statistic -> [D, E], the long way round. `reach`: the batches with only the tokens that get there."""
     model = streamed.plain(folder)
     seen: dict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
-    for name, block in blocks(model).items():
+    for name, block in blocks(model, ending).items():
         router = block.gate if hasattr(block, "gate") else block.router
 
         def look(_module: Module, args: Any, output: Any, name: str = name) -> None:
@@ -52,8 +54,8 @@ def oracle(folder: Any, data: list[Any]) -> dict[str, dict[str, Any]]:
     with torch.no_grad():
         for batch in data:
             model(**batch.inputs, use_cache=False)
-        for name, block in blocks(model).items():
-            found[name] = add_up(block.experts, seen[name], data)
+        for name, block in blocks(model, ending).items():
+            found[name] = add_up(block.experts, seen[name], reach or data)
     return found
 
 
