@@ -96,7 +96,7 @@ def understand(checkpoint: Checkpoint) -> Layout:
     model_type = str(config.get("model_type", ""))
     if model_type in REFUSED:
         raise InputError(f"{model_type} cannot be pruned: {REFUSED[model_type]}")
-    found = [(path, scope) for path, scope in _scopes(config) if any(key in scope for key in COUNT_KEYS)]
+    found = [(path, scope) for path, scope in scopes(config) if any(key in scope for key in COUNT_KEYS)]
     counts = [count for _, scope in found for count in _counts(scope)]
     blocks = find_blocks(checkpoint.tensors, _hints(config, model_type, counts))
     if not blocks:
@@ -113,15 +113,17 @@ def understand(checkpoint: Checkpoint) -> Layout:
             f"the tensors hold {experts} experts per block, but config.json says {said or 'nothing about experts'}; "
             "if the key has another name, add it to COUNT_KEYS in moeprune/checkpoint/families.py"
         )
-    scope = governing[0][1]
-    top_k = FIXED_TOP_K.get(model_type) or _largest(scope, TOP_K_KEYS) or 1
+    scope = {
+        key: value for _, inner in governing for key, value in inner.items() if value is not None
+    }  # innermost wins
+    top_k = FIXED_TOP_K.get(model_type) or largest(scope, TOP_K_KEYS) or 1
     groups = top_k if model_type in ONE_PER_GROUP else _groups(scope)
     return Layout(
         model_type=model_type,
         experts=experts,
         top_k=top_k,
         groups=groups,
-        top_groups=min(_largest(scope, ("topk_group",)) or groups, groups),
+        top_groups=min(largest(scope, ("topk_group",)) or groups, groups),
         blocks=tuple(blocks),
         renormalises=_renormalises(model_type, scope),
         count_keys=tuple(path + key for path, scope in governing for key in _count_paths(scope)),
@@ -149,7 +151,7 @@ def _understand_gguf(checkpoint: Checkpoint) -> Layout:
     )
 
 
-def _scopes(config: Mapping[str, Any], path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+def scopes(config: Mapping[str, Any], path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """Every nested dictionary of a config with its path, outermost first; towers for images and sound left out."""
     yield path, config
     for key, value in config.items():
@@ -159,7 +161,7 @@ def _scopes(config: Mapping[str, Any], path: tuple[str | int, ...] = ()) -> Iter
             and not is_tower(key)
             and key not in ("quantization_config", "quantization")
         ):
-            yield from _scopes(value, (*path, key))
+            yield from scopes(value, (*path, key))
 
 
 def _count_paths(scope: Mapping[str, Any]) -> Iterator[tuple[str | int, ...]]:
@@ -182,7 +184,7 @@ def _at(config: Any, path: Sequence[str | int]) -> Any:
     return config
 
 
-def _largest(scope: Mapping[str, Any], keys: Sequence[str]) -> int:
+def largest(scope: Mapping[str, Any], keys: Sequence[str]) -> int:
     """The largest number under any of the keys, whose values may be lists; 0 when there is none."""
     values = [scope[key] for key in keys if key in scope]
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
@@ -193,7 +195,7 @@ def _groups(scope: Mapping[str, Any]) -> int:
     """Groups that the router chooses among before it chooses experts."""
     if scope.get("topk_method") == "greedy":
         return 1
-    return max(_largest(scope, GROUP_KEYS), 1)
+    return max(largest(scope, GROUP_KEYS), 1)
 
 
 def _renormalises(model_type: str, scope: Mapping[str, Any]) -> bool:
@@ -207,15 +209,15 @@ def _renormalises(model_type: str, scope: Mapping[str, Any]) -> bool:
 
 def _hints(config: Mapping[str, Any], model_type: str, counts: Sequence[int]) -> Hints:
     """What the tables and the config say about the structure."""
-    scopes = [scope for _, scope in _scopes(config)]
-    types = {model_type, *(str(scope.get("model_type", "")) for scope in scopes)}
+    inner = [scope for _, scope in scopes(config)]
+    types = {model_type, *(str(scope.get("model_type", "")) for scope in inner)}
     tail = next((TAILS[name] for name in sorted(types) if name in TAILS), 0)
     return Hints(
         counts=tuple(dict.fromkeys(counts)),
-        depth=max((_largest(scope, DEPTH_KEYS) for scope in scopes), default=0),
-        tail=tail if isinstance(tail, int) else max(_largest(scope, (tail,)) for scope in scopes),
+        depth=max((largest(scope, DEPTH_KEYS) for scope in inner), default=0),
+        tail=tail if isinstance(tail, int) else max(largest(scope, (tail,)) for scope in inner),
         two_kinds=bool(types & TWO_KINDS),
-        hidden=max(_largest(scope, ("hidden_size", "d_model")) for scope in scopes),
+        hidden=max(largest(scope, ("hidden_size", "d_model")) for scope in inner),
     )
 
 
@@ -247,9 +249,9 @@ def updated_config(checkpoint: Checkpoint, layout: Layout, kept: int) -> dict[st
 
 def mtp_tensors(checkpoint: Checkpoint, layout: Layout) -> frozenset[str]:
     """Every tensor of the layers that predict further tokens, dense parts and dense layers included."""
-    scopes = [scope for _, scope in _scopes(checkpoint.config)]
-    depth = max((_largest(scope, DEPTH_KEYS) for scope in scopes), default=0)
-    further = max((_largest(scope, MTP_KEYS) for scope in scopes), default=0)
+    inner = [scope for _, scope in scopes(checkpoint.config)]
+    depth = max((largest(scope, DEPTH_KEYS) for scope in inner), default=0)
+    further = max((largest(scope, MTP_KEYS) for scope in inner), default=0)
     stacks = {block.name.rpartition(".")[0] for block in layout.blocks if block.role == "trunk"}
     prefixes = {f"{block.name}." for block in layout.blocks if block.role == "mtp"}
     prefixes |= {f"{stack}.{depth + i}." for stack in stacks for i in range(further)} if depth else set()
@@ -260,6 +262,6 @@ def mtp_tensors(checkpoint: Checkpoint, layout: Layout) -> frozenset[str]:
 def config_without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model without those blocks."""
     result = copy.deepcopy(dict(config))
-    for _, scope in _scopes(result):
+    for _, scope in scopes(result):
         scope.update({key: 0 for key in MTP_KEYS if type(scope.get(key)) is int})
     return result
