@@ -89,11 +89,11 @@ def main() -> None:
     parser.add_argument("--model-path", type=Path, help="a checkpoint; default: a random one, made for this")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--modes", default="routed,router,full")
+    parser.add_argument("--modes", default="routed,router", help="routed, router, full; comma separated")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model_path or Path(scratch) / "model"

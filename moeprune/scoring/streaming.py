@@ -8,6 +8,7 @@ of the model in memory, to the bit, and there is no line here about any family o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -92,6 +93,8 @@ class LayerStream:
                 results[index] = forwards[index](self.model)
 
         with torch.no_grad(), ExitStack() as stack:
+            gc.freeze()  # a collection after each layer need not look at everything that was there before
+            stack.callback(gc.unfreeze)
             stack.callback(self.loader.drop, OUTSIDE)
             unused = self._head() if until else ()
             self.loader.load(OUTSIDE, skip=unused)
