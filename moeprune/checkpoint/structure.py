@@ -227,7 +227,8 @@ def _router_part(tensor: Tensor, experts: int, hints: Hints) -> Part | None:
         return None if tensor.name.endswith(".quant_map") else Part(tensor.name, "made", router=True)
     if tensor.dtype == "U8" and tensor.shape[1:] == (1,) and tensor.shape[0] % experts == 0:  # bitsandbytes
         return Part(tensor.name, "rows", rows_per_expert=tensor.shape[0] // experts, router=True)
-    axis = 1 if hints.two_kinds or tensor.shape[:1] == (1,) else 0
+    one_row = tensor.shape[:1] == (1,) and not BLOCK_SCALE.search(tensor.name)  # whose columns are blocks of inputs
+    axis = 1 if hints.two_kinds or one_row else 0
     size = tensor.shape[axis] if axis < len(tensor.shape) else 0
     if math.prod(tensor.shape) > 1 and size in (experts, experts + hints.tail):
         return Part(tensor.name, "rows", axis=axis, tail=size - experts, router=True)

@@ -79,6 +79,7 @@ def test_every_count_in_the_config_follows_and_nothing_else(tmp_path):
     assert list(after) == list(config)
     assert list(after["language_config"]) == list(config["language_config"])
     assert checkpoint.config == config
+    assert (layout.top_k, layout.groups, layout.top_groups) == (2, 2, 1)  # said by the inner part alone
 
 
 def test_dropping_the_layers_that_predict_further_tokens(tmp_path):
@@ -95,6 +96,13 @@ def test_dropping_the_layers_that_predict_further_tokens(tmp_path):
     checkpoint = write(tmp_path / "b", case)
     gone = mtp_tensors(checkpoint, understand(checkpoint))
     assert gone == {name for name in case.tensors if name.startswith("mtp.")}
+
+
+def test_a_scale_for_all_rows_of_a_router_is_no_row_of_experts(tmp_path):
+    """FP8 in blocks: one row of scales for up to 128 experts, with as many columns of inputs as there are experts."""
+    tensors = layer("model.layers.0", GATE | {"mlp.gate.weight_scale_inv": ("F32", [1, E])}, GATED)
+    block = understand(write(tmp_path, Case(MIXTRAL, tensors, {}))).blocks[0]
+    assert [part.tensor for part in block.parts if part.router] == ["model.layers.0.mlp.gate.weight"]
 
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": E}
