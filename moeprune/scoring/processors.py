@@ -27,17 +27,12 @@ def load_processor(tokenizer: Any, config: Any, trust_remote_code: bool) -> Any:
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except UNUSABLE as error:
-        missing = [package for package, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
-        if not missing:
-            raise InputError(f"{folder}: no image processor can be loaded there: {error}") from None
+        whole = error
     try:
         made = _for_images_alone(folder, tokenizer, config)
     except UNUSABLE:
-        raise MachineError(
-            f"the image processor of this model needs {' and '.join(missing)}, not installed here; "
-            "install them (torchvision in the build that fits torch), or give calibration data without images"
-        ) from None
-    console.say(f"images: {type(made.image_processor).__name__}, which runs on Pillow, as torchvision is not installed")
+        raise _refusal(folder, whole) from None
+    console.say(f"images: {type(made.image_processor).__name__} without the processor's video part, unusable here")
     return made
 
 
@@ -46,9 +41,19 @@ def _for_images_alone(folder: str, tokenizer: Any, config: Any) -> Any:
     from transformers import PROCESSOR_MAPPING, AutoImageProcessor
 
     kind = _with_gaps(PROCESSOR_MAPPING[type(config)])
-    needed = {"tokenizer": tokenizer, "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil")}
+    needed = {"tokenizer": tokenizer, "image_processor": AutoImageProcessor.from_pretrained(folder)}
     settings, _ = kind.get_processor_dict(folder)
     return kind.from_args_and_dict([needed.get(name) for name in kind.get_attributes()], settings)
+
+
+def _refusal(folder: str, error: Exception) -> Exception:
+    missing = [package for package, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if not missing:
+        return InputError(f"{folder}: no image processor can be loaded there: {' '.join(str(error).split())[:300]}")
+    return MachineError(
+        f"the image processor of this model needs {' and '.join(missing)}, not installed here; "
+        "install them (torchvision in the build that fits torch), or give calibration data without images"
+    )
 
 
 def _with_gaps(kind: Any) -> Any:
