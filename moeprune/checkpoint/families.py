@@ -56,12 +56,6 @@ FIXED_TOP_K = {"phimoe": 2, "nllb-moe": 2, "switch_transformers": 1, "zaya": 1}
 ONE_PER_GROUP = {"pangu_pro_moe", "PanguProMoE"}
 # Two kinds of experts numbered one behind the other, with a router column each.
 TWO_KINDS = {"ernie4_5_vl_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe_text"}
-# Dropping an expert changes the gate values of the others: a softmax over all experts that nobody renormalises.
-NEVER_RENORMALISED = {
-    *("jamba", "longcat_flash", "zaya", "switch_transformers", "phimoe"),
-    *("deepseek_v2", "deepseek_ocr2", "deepseek_ocr2_text", "unlimited_ocr", "unlimited_ocr_text"),
-}
-RENORMALISED_ONLY_IF_SAID = {"qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "qwen3_next"}
 REFUSED = {
     "doge": "its experts are combinations of product keys, not entries that can be taken out one by one",
     "vitpose_backbone": "its experts are chosen by the data set and not by a router",
@@ -78,7 +72,6 @@ class Layout:
     groups: int  # 1 where routing is not limited to groups of experts
     top_groups: int
     blocks: tuple[Block, ...]
-    renormalises: bool  # False: dropping an expert raises the gate values of the others
     count_keys: tuple[tuple[str | int, ...], ...]  # path of every config entry that says how many experts there are
     run: int = 1  # experts that only go together, as neighbours
 
@@ -113,9 +106,8 @@ def understand(checkpoint: Checkpoint) -> Layout:
             f"the tensors hold {experts} experts per block, but config.json says {said or 'nothing about experts'}; "
             "if the key has another name, add it to COUNT_KEYS in moeprune/checkpoint/families.py"
         )
-    scope = {
-        key: value for _, inner in governing for key, value in inner.items() if value is not None
-    }  # innermost wins
+    # Of several parts that count experts, the innermost says most; an outer one may name the count alone.
+    scope = {key: value for _, part in governing for key, value in part.items() if value is not None}
     top_k = FIXED_TOP_K.get(model_type) or largest(scope, TOP_K_KEYS) or 1
     groups = top_k if model_type in ONE_PER_GROUP else _groups(scope)
     return Layout(
@@ -125,7 +117,6 @@ def understand(checkpoint: Checkpoint) -> Layout:
         groups=groups,
         top_groups=min(largest(scope, ("topk_group",)) or groups, groups),
         blocks=tuple(blocks),
-        renormalises=_renormalises(model_type, scope),
         count_keys=tuple(path + key for path, scope in governing for key in _count_paths(scope)),
         run=max(part.share for block in blocks for part in block.parts),
     )
@@ -146,7 +137,6 @@ def _understand_gguf(checkpoint: Checkpoint) -> Layout:
         groups=groups,
         top_groups=min(gguf_layout.counts(config, "expert_group_used_count") or groups, groups),
         blocks=tuple(blocks),
-        renormalises=bool(config.get(f"{architecture}.expert_weights_norm", True)),
         count_keys=((f"{architecture}.expert_count",),),
     )
 
@@ -196,15 +186,6 @@ def _groups(scope: Mapping[str, Any]) -> int:
     if scope.get("topk_method") == "greedy":
         return 1
     return max(largest(scope, GROUP_KEYS), 1)
-
-
-def _renormalises(model_type: str, scope: Mapping[str, Any]) -> bool:
-    inner = str(scope.get("model_type", model_type))
-    if {model_type, inner} & NEVER_RENORMALISED:
-        return False
-    if {model_type, inner} & RENORMALISED_ONLY_IF_SAID:
-        return bool(scope.get("norm_topk_prob", False))
-    return True
 
 
 def _hints(config: Mapping[str, Any], model_type: str, counts: Sequence[int]) -> Hints:
