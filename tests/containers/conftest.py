@@ -21,10 +21,8 @@ CALLER = 1000  # the tests call run.sh as this user, who is not root
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("containers"))  # one engine, one worker
-            if not os.environ.get("CONTAINERS"):
-                item.add_marker(pytest.mark.skip(reason="container tests take minutes: CONTAINERS=1 runs them"))
+        if Path(__file__).parent in item.path.parents and not os.environ.get("CONTAINERS"):
+            item.add_marker(pytest.mark.skip(reason="container tests take minutes: CONTAINERS=1 runs them"))
 
 
 def answers(environ: dict[str, str]) -> bool:
