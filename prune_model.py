@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     formats.check_cuttable(checkpoint, layout)
     gone = gone_tensors(settings, checkpoint, layout)
     layout = without(layout, gone)
-    choice = choose(settings, checkpoint, layout)
+    choice = choose(settings, checkpoint, layout, gone)
     planned = result.plan(settings, checkpoint, layout, choice, gone)
     if not settings.force and planned.is_current():
         say(f"{planned.target} is current: {choice.count} of {layout.experts} experts, same scores, same model")

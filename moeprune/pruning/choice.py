@@ -49,21 +49,22 @@ def without(layout: Layout, gone: Collection[str]) -> Layout:
     return replace(layout, blocks=tuple(b for b in layout.blocks if b.parts[0].tensor not in gone))
 
 
-def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> Choice:
-    """The keep-lists of all blocks."""
+def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout, gone: Collection[str]) -> Choice:
+    """The keep-lists of all blocks; those whose tensors are `gone` are no longer in the layout."""
     blocks = layout.blocks
     limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
     if settings.plan:
-        choice = _from_plan(settings, layout, blocks, limits)
+        choice = _from_plan(settings, layout, limits)
     else:
-        choice = _from_scores(settings, checkpoint, layout, blocks)
+        leaving = sum(checkpoint.tensors[name].nbytes for name in gone)
+        choice = _from_scores(settings, checkpoint, layout, limits, leaving)
     check_keep(blocks, choice.keep)
     check_groups(blocks, choice.keep, layout.groups)
     check_runs(blocks, choice.keep, layout.run)
     return choice
 
 
-def _from_plan(settings: Settings, layout: Layout, blocks: Sequence[Block], limits: Limits) -> Choice:
+def _from_plan(settings: Settings, layout: Layout, limits: Limits) -> Choice:
     """A plan from a file; blocks of further-token layers that it does not name keep evenly spaced experts."""
     path = Path(settings.plan)
     data = metadata.read_json(path, "the plan")
@@ -76,7 +77,7 @@ def _from_plan(settings: Settings, layout: Layout, blocks: Sequence[Block], limi
     count = len(next(iter(keep.values())))
     check_count(count, limits)
     suits = decision.choose_count(replace(settings, keep=count, target_size=0, origin={}), limits, layout.model_type)
-    blind = {block.name: block.experts for block in blocks if block.role != "trunk" and block.name not in keep}
+    blind = {block.name: block.experts for block in layout.blocks if block.role != "trunk" and block.name not in keep}
     keep |= make_plan({}, count, limits, unscored=blind).keep
     return Choice(keep, count, path, suits.notes, suits.warnings)
 
@@ -85,8 +86,11 @@ def _are_numbers(ids: Any) -> bool:
     return isinstance(ids, list) and all(type(i) is int for i in ids)
 
 
-def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, blocks: Sequence[Block]) -> Choice:
-    """The plan that the settings make of the sums of stage 1."""
+def _from_scores(
+    settings: Settings, checkpoint: Checkpoint, layout: Layout, limits: Limits, leaving_bytes: int
+) -> Choice:
+    """The plan that the settings make of the sums of stage 1; `leaving_bytes` go whatever the plan is."""
+    blocks = layout.blocks
     path = settings.output_path / SCORES
     if not path.exists():
         raise InputError(f"no scores at {path}; run reap.py on the model first, or give a plan with --plan")
@@ -97,8 +101,8 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, blo
         sums = _by_layer(sums, blocks)
     _check_same_blocks(sums, blocks, path)
     each = sum(bytes_per_expert(checkpoint, block) for block in blocks)
-    fixed = sum(shard.stat().st_size for shard in checkpoint.shards) - each * layout.experts  # headers are in it
-    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    whole = sum(shard.stat().st_size for shard in checkpoint.shards)  # headers are in it
+    fixed = whole - leaving_bytes - each * layout.experts
     count = decision.choose_count(settings, limits, layout.model_type, fixed_bytes=fixed, bytes_per_expert=each)
     scored = {block.block for block in sums.blocks}
     decided = decision.decide(

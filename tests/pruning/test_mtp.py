@@ -13,6 +13,7 @@ import prune_model
 from tests import tiny
 from tests.pruning import cutting
 from tests.pruning import test_every_family as oracle
+from tests.pruning.test_cut import scored
 
 
 @pytest.fixture
@@ -64,6 +65,17 @@ def test_dropped(parent: Path) -> None:
     whole = cutting.cut(parent, TRUNK, "--force")
     reference = transformers.Glm4MoeForCausalLM.from_pretrained(whole, dtype="float32").eval()
     assert oracle.forward(model).equal(oracle.forward(reference))
+
+
+def test_the_room_that_they_leave_goes_to_experts(parent: Path, tmp_path: Path) -> None:
+    scored(tmp_path, parent, [0, 1, 2, 3])
+    flags = ["--model-path", str(parent), "--output-path", str(tmp_path), "--drop-mtp"]
+    prune_model.main([*flags, "--keep", "6"])
+    (wanted,) = tmp_path.glob("parent-reap-6of8/*.safetensors")
+    child = tmp_path / "by-size"
+    size = f"{wanted.stat().st_size + 10_000}"  # less than an expert more
+    prune_model.main([*flags, "--target-size", size, "--pruned-output-path", str(child)])
+    assert json.loads((child / "pruning.json").read_text())["kept"] == 6
 
 
 def test_nothing_to_drop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
