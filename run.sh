@@ -26,6 +26,7 @@ Steps (ARGS go to the script unchanged; `./run.sh reap --help` lists them):
   batch    send many prompts to a server and keep every answer
 
 Around the steps:
+  plan     say what each step would take, also of a model that is not downloaded
   doctor   say what this machine has, what is missing and what to do
   build    build the container image
   shell    open a shell where the steps run
@@ -124,7 +125,7 @@ install_torch() {
 # --- container ------------------------------------------------------------------------------------------------------
 
 # The GPU service asks for a GPU and fails without one.
-service() { if [[ $1 == @(prune|combine|batch) ]] || ! have_gpu; then echo reap-cpu; else echo reap; fi; }
+service() { if [[ $1 == @(plan|prune|combine|batch) ]] || ! have_gpu; then echo reap-cpu; else echo reap; fi; }
 
 # The names of settings in the environment and in .env, without those that only this file reads.
 step_names() {
@@ -284,7 +285,7 @@ main() {
   command=${1:-help}
   shift || true
   case $command in
-    reap | preview | prune | test | full | combine | batch | demo | shell)
+    plan | reap | preview | prune | test | full | combine | batch | demo | shell)
       choose_runtime "$command"
       if [[ $runtime == native ]]; then
         set_up requirements.txt
@@ -295,6 +296,7 @@ main() {
       ;;
   esac
   case $command in
+    plan) step plan python plan.py "$@" ;;
     reap) step reap python reap.py "$@" ;;
     preview) step preview python preview.py "$@" ;;
     prune) step prune python prune_model.py "$@" ;;

@@ -19,6 +19,7 @@ from typing import Any
 from moeprune.errors import UsageError
 
 STAGES = {
+    "plan": "Say what each step would take and what its result would be, also of a model that is not downloaded.",
     "reap": "Score the experts of a model on calibration data.",
     "prune": "Write the smaller model from the scores.",
     "preview": "Show what each cut would lose, before anything is written.",
@@ -86,9 +87,9 @@ def setting(
 class Settings:
     """The resolved settings of one run."""
 
-    model_path: str = setting("", str, "reap prune preview test serve", "folder with the checkpoint, or a hub id")
+    model_path: str = setting("", str, "plan reap prune preview test serve", "folder with the checkpoint, or a hub id")
     output_path: Path = setting(
-        Path("output"), Path, "reap prune preview test combine batch serve", "folder for every result"
+        Path("output"), Path, "plan reap prune preview test combine batch serve", "folder for every result"
     )
     pruned_output_path: str = setting(
         "",
@@ -96,17 +97,17 @@ class Settings:
         "prune test serve",
         "folder of the pruned model; empty: a name from model and count, in the output folder",
     )
-    hf_token: str = setting("", str, "reap prune preview test", "hub access token", env="HF_TOKEN", secret=True)
+    hf_token: str = setting("", str, "plan reap prune preview test", "hub access token", env="HF_TOKEN", secret=True)
     trust_remote_code: bool = setting(
         False, switch, "reap preview test", "run model code that comes with the checkpoint"
     )
     device: str = setting(
-        "auto", one_of("auto", "cpu", "cuda", "mps"), "reap preview test", "where to compute: auto | cpu | cuda"
+        "auto", one_of("auto", "cpu", "cuda", "mps"), "plan reap preview test", "where to compute: auto | cpu | cuda"
     )
     dtype: str = setting(
         "auto",
         one_of("auto", "float32", "bfloat16", "float16"),
-        "reap preview test",
+        "plan reap preview test",
         "compute in this type; auto: the checkpoint's",
     )
     seed: int = setting(42, int, "reap prune preview test batch", "seed of every random choice")
@@ -150,20 +151,20 @@ class Settings:
         1_000_000, positive, "reap", "larger calibration images are scaled down to this many pixels"
     )
     bad_images: int = setting(0, int, "reap", "calibration images that may be missing or damaged before the run ends")
-    max_samples: int = setting(512, positive, "reap", "calibration samples to use at most")
-    max_seq_len: int = setting(2048, positive, "reap preview test", "tokens in a sequence at most")
+    max_samples: int = setting(512, positive, "plan reap", "calibration samples to use at most")
+    max_seq_len: int = setting(2048, positive, "plan reap preview test", "tokens in a sequence at most")
     batch_size: int = setting(8, positive, "reap preview test", "sequences that run together")
     scoring_mode: str = setting(
         "routed", one_of("routed", "full", "router"), "reap", "what is measured: routed (REAP) | full | router"
     )
     hidden_memory: int = setting(
-        8_000_000_000, amount, "reap preview test", "memory for hidden states; what is beyond it goes to the disk"
+        8_000_000_000, amount, "plan reap preview test", "memory for hidden states; what is beyond it goes to the disk"
     )
 
-    prune_ratio: float = setting(0.5, ratio, "reap prune", "share of the experts to remove in each layer")
-    keep: int = setting(0, int, "prune", "experts to keep in each layer; beats the ratio; 0: unset")
+    prune_ratio: float = setting(0.5, ratio, "plan reap prune", "share of the experts to remove in each layer")
+    keep: int = setting(0, int, "plan prune", "experts to keep in each layer; beats the ratio; 0: unset")
     target_size: int = setting(
-        0, amount, "prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset"
+        0, amount, "plan prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset"
     )
     metric: str = setting("auto", str, "reap prune preview", "how experts are ranked; auto follows the scoring mode")
     blend: str = setting(
@@ -180,10 +181,13 @@ class Settings:
         "experts never removed: none | super | outliers",
     )
     engine: str = setting(
-        "", str, "prune", "serving engines to suit, comma separated: vllm, sglang, llama.cpp, trtllm, mlx, transformers"
+        "",
+        str,
+        "plan prune",
+        "serving engines to suit, comma separated: vllm, sglang, llama.cpp, trtllm, mlx, transformers",
     )
-    expert_parallel: int = setting(1, positive, "prune", "expert-parallel ranks that will serve the result")
-    tensor_parallel: int = setting(1, positive, "prune", "tensor-parallel ranks that will serve the result")
+    expert_parallel: int = setting(1, positive, "plan prune", "expert-parallel ranks that will serve the result")
+    tensor_parallel: int = setting(1, positive, "plan prune", "tensor-parallel ranks that will serve the result")
     plan: str = setting(
         "", str, "prune", 'JSON file with the experts that stay, {"keep": {block: [0, 3, 5]}}; beats scores'
     )
@@ -194,13 +198,18 @@ class Settings:
         "use scores of another copy of the model, such as the bf16 original of a quantized one",
     )
     drop_mtp: bool = setting(False, switch, "prune", "remove the layers that predict further tokens (MTP)")
-    dry_run: bool = setting(False, switch, "prune", "say what would happen and write nothing")
+    dry_run: bool = setting(False, switch, "plan prune", "say what would happen and write nothing")
+
+    read_rate: int = setting(1_000_000_000, amount, "plan", "bytes per second of the disk, for times in the forecast")
+    compute_rate: float = setting(
+        0.0, float, "plan", "TFLOP/s for times in the forecast; 0: an earlier run's, else an assumption"
+    )
 
     evaluation_path: str = setting("", str, "preview test", "held-out data to judge on; empty: the built-in set")
     evaluation_samples: int = setting(
-        512, positive, "preview test", "held-out samples to compare the two models on at most"
+        512, positive, "plan preview test", "held-out samples to compare the two models on at most"
     )
-    ratios: str = setting("0.125,0.25,0.375,0.5,0.625,0.75", str, "preview", "ratios to preview, comma separated")
+    ratios: str = setting("0.125,0.25,0.375,0.5,0.625,0.75", str, "plan preview", "ratios to preview, comma separated")
     metrics: str = setting("", str, "preview", "metrics to preview, comma separated; empty: the one of --metric")
     plans: str = setting("", str, "preview", "JSON files with plans to preview besides, comma separated")
     endpoint: str = setting(

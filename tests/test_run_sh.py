@@ -76,6 +76,7 @@ def test_help_lists_every_command(place):
     text = (ROOT / "run.sh").read_text()
     for verb in (
         "demo",
+        "plan",
         "reap",
         "preview",
         "prune",

@@ -32,9 +32,9 @@ WIDTH_KEYS = (  # of one expert's hidden layer, the surest first
 )
 HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd")
 EXPERT_INPUT_KEYS = ("moe_latent_size", "moe_hidden_size", *HIDDEN_KEYS)
-FUSED = re.compile(r"gate_up|w13|w1_w3|gate_and_up|input_linear")  # two matrices in one tensor
+FUSED = re.compile(r"gate_up|w13|w1_w3|gate_and_up|input_linear|experts\.fc1\.weight$")  # two matrices in one tensor
 BIAS = re.compile(r"bias$")
-COMPANION = re.compile(r"scale|zero|g_idx|qzeros|absmax|quant_|biases$|shape$|perm$|SCB$|weight_format$|act_scale")
+COMPANION = re.compile(r"scale|zero|g_idx|qzeros|absmax|quant_|biases$|shape$|perm$|SCB$|weight_format$|act_scale|norm")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head|word_embeddings|wte)\.weight$")
 TYPE_BYTES = {"float32": 4.0, "float64": 8.0, "bfloat16": 2.0, "float16": 2.0}
 
@@ -83,8 +83,8 @@ def predicted(folder: Path) -> Checkpoint:
     others = [name for name, (_, nbytes) in stored.items() if not nbytes and not _is_expert(name)]
     if rest < 0 or (rest and not others):
         raise InputError(
-            f"{folder}: experts and embeddings would take {known} bytes by the config, and the index says {int(total)} in all; "
-            "give the hub id or the complete model, whose headers can be read"
+            f"{folder}: experts and embeddings would take {known} bytes by the config, and the index says "
+            f"{int(total)} in all; give the hub id or the complete model, whose headers can be read"
         )
     tensors = {}
     spread = dict(zip(others, _shares(rest, len(others)), strict=True))
@@ -113,8 +113,7 @@ def _sizes(folder: Path, config: dict[str, Any]) -> Sizes:
     hidden, width = _first(around, HIDDEN_KEYS), _first([scope, *_inside(scope), *around], WIDTH_KEYS)
     if not hidden or not width:
         raise InputError(f"{folder / 'config.json'} does not say how wide its experts are; give the hub id instead")
-    dtype = next((str(s[key]) for s in around for key in ("dtype", "torch_dtype") if s.get(key)), "bfloat16")
-    plain = TYPE_BYTES.get(dtype.removeprefix("torch."), 2.0)
+    plain = plain_bytes(config)
     quantized = formats.quantization_of(without_weights(folder, config, {}))
     return Sizes(
         experts=families.largest(scope, families.COUNT_KEYS),
@@ -135,6 +134,12 @@ def _inside(scope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _first(scopes: list[Mapping[str, Any]], keys: tuple[str, ...]) -> int:
     """The first of the keys that any of the scopes knows as a number."""
     return next((found for key in keys for scope in scopes if (found := families.largest(scope, (key,)))), 0)
+
+
+def plain_bytes(config: Mapping[str, Any]) -> float:
+    """What a weight takes that is not quantized, by the config."""
+    named = (scope[key] for _, scope in families.scopes(config) for key in ("dtype", "torch_dtype") if scope.get(key))
+    return TYPE_BYTES.get(str(next(named, "bfloat16")).removeprefix("torch."), 2.0)
 
 
 def bits_per_weight(quantized: Mapping[str, Any], plain: float = 16.0) -> float:
@@ -204,6 +209,8 @@ def _of_expert(name: str, sizes: Sizes, lead: tuple[int, ...]) -> tuple[tuple[in
     """A matrix of an expert, or of all; what lies beside it is in its bits already."""
     count = math.prod(lead)
     both = 2 if FUSED.search(name) else 1
+    if name.endswith("correction_bias"):
+        return lead, int(count * sizes.plain_bytes)
     if BIAS.search(name):
         width = sizes.expert_input if re.search(r"down|w2|output", name) else both * sizes.width
         return (*lead, width), int(count * width * sizes.plain_bytes)

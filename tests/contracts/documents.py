@@ -16,7 +16,16 @@ sys.path.insert(0, str(ROOT))  # for use as a program
 from moeprune.settings import FIELDS, STAGES, env_name, flag_name, shown_default  # noqa: E402
 
 COMMAND_LINE = Path(__file__).with_name("command_line.txt")
-SCRIPTS = ("reap.py", "preview.py", "prune_model.py", "test_pruned_model.py", "combine.py", "serve.py", "batch.py")
+SCRIPTS = (
+    "plan.py",
+    "reap.py",
+    "preview.py",
+    "prune_model.py",
+    "test_pruned_model.py",
+    "combine.py",
+    "serve.py",
+    "batch.py",
+)
 
 ENV_START = """\
 # Copy to .env and take the # away from what you want to change; what is shown is the default.

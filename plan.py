@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""Before stage 1: what each step would take and give, from headers, or from config.json and the index alone.
+
+Nothing is written, and no weight is read or fetched. stdout gets one JSON object, stderr a table.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moeprune import console, errors, metadata
+from moeprune.checkpoint import formats, predicted
+from moeprune.checkpoint.families import Layout, largest, scopes, understand
+from moeprune.checkpoint.folder import Checkpoint
+from moeprune.checkpoint.outline import Outline, open_outline
+from moeprune.console import duration, say, size
+from moeprune.errors import InputError, StageError, UsageError
+from moeprune.planning import forecast
+from moeprune.planning.forecast import Bits, Rates, Weights, Work
+from moeprune.pruning.choice import SCORES, bytes_per_expert
+from moeprune.pruning.result import BASE_MEMORY, MEMORY_PER_TENSOR
+from moeprune.settings import Settings, ratio, resolve
+
+COMPUTE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+
+
+def main(argv: list[str]) -> None:
+    """Headers -> sizes -> what each stage takes -> a table and JSON."""
+    settings = resolve("plan", argv)
+    outline = open_outline(settings.model_path, settings.hf_token)
+    result = foretell(settings, outline)
+    show(result)
+    print(json.dumps(metadata.plain(result)))
+
+
+def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
+    """The whole forecast as JSON."""
+    layout = layout_of(outline)
+    weights = weights_of(settings, outline.checkpoint, layout)
+    earlier = earlier_run(settings)
+    rates = rates_of(settings, earlier)
+    tokens, tokens_source = calibration_tokens(settings, earlier)
+    judged = settings.evaluation_samples * settings.max_seq_len
+    work = Work(judged, BASE_MEMORY, MEMORY_PER_TENSOR)
+    cuts = [
+        forecast.variant(wish, layout, weights, rates, work) for wish in forecast.wishes(settings, ratios_of(settings))
+    ]
+    return metadata.header("plan") | {
+        "settings": settings.public(),
+        "model": {
+            "path": settings.model_path,
+            "model_type": layout.model_type,
+            "measured": outline.measured,
+            "source": outline.source,
+            "active_weights": round(weights.active),
+            **asdict(weights),
+        },
+        "calibration": {"tokens": tokens, "source": tokens_source},
+        "rates": asdict(rates),
+        "reap": asdict(forecast.scoring(weights, tokens, settings.hidden_memory, rates)),
+        "cuts": cuts,
+        "warnings": console.warnings(),
+    }
+
+
+def layout_of(outline: Outline) -> Layout:
+    """The blocks of experts; where sizes are predicted, a misunderstanding may be the prediction's fault."""
+    try:
+        return understand(outline.checkpoint)
+    except InputError as error:
+        hint = "" if outline.measured else " (from config and index only; give the hub id, whose headers can be read)"
+        raise InputError(f"{error}{hint}") from None
+
+
+def weights_of(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> Weights:
+    """The bytes of the model; experts' bits from the quantization settings."""
+    plain = predicted.plain_bytes(checkpoint.config)
+    quantized = formats.quantization_of(checkpoint) if checkpoint.container == "safetensors" else {}
+    width = max(largest(scope, predicted.HIDDEN_KEYS) for _, scope in scopes(checkpoint.config))
+    return forecast.weigh(
+        checkpoint,
+        layout,
+        each_bytes=sum(bytes_per_expert(checkpoint, block) for block in layout.blocks),
+        hidden=width,
+        bits=Bits(plain * 8, predicted.bits_per_weight(quantized, plain * 8), COMPUTE_BYTES.get(settings.dtype, plain)),
+    )
+
+
+def earlier_run(settings: Settings) -> dict[str, Any] | None:
+    """The result of an earlier scoring in the output folder, if there is one."""
+    path = settings.output_path / SCORES
+    return metadata.read_result(path, "reap_metadata") if path.is_file() else None
+
+
+def rates_of(settings: Settings, earlier: dict[str, Any] | None) -> Rates:
+    """The rate that was given, else that of the earlier run, else an assumption."""
+    read = float(settings.read_rate), settings.origin.get("read_rate", "assumed")
+    if settings.compute_rate:
+        return Rates(settings.compute_rate * 1e12, settings.origin["compute_rate"], *read)
+    measured = earlier and measured_flops(settings, earlier)
+    if measured:
+        return Rates(*measured, *read)
+    device = {"auto": "cuda" if shutil.which("nvidia-smi") else "cpu"}.get(settings.device, settings.device)
+    flops = forecast.ASSUMED_FLOPS.get(device, forecast.ASSUMED_FLOPS["cpu"])
+    return Rates(flops, f"assumed for {device}", *read)
+
+
+def measured_flops(settings: Settings, earlier: dict[str, Any]) -> tuple[float, str] | None:
+    """Operations per second of an earlier scoring whose model is still known, reading of weights included."""
+    seconds, tokens = earlier.get("timing", {}).get("scoring_s"), earlier["inputs"].get("calibration", {}).get("tokens")
+    folder = earlier["inputs"].get("model", {}).get("path", "")
+    if not seconds or not tokens or not Path(folder).exists():
+        return None
+    try:
+        outline = open_outline(folder)
+        weights = weights_of(settings, outline.checkpoint, understand(outline.checkpoint))
+    except StageError:
+        return None
+    source = f"an earlier run: {Path(folder).name}, {tokens} tokens in {duration(seconds)}"
+    return 2 * weights.active * tokens / seconds, source
+
+
+def calibration_tokens(settings: Settings, earlier: dict[str, Any] | None) -> tuple[int, str]:
+    """Tokens that stage 1 will see: those of an earlier run on the same data, else the most there can be."""
+    same = ("calibration_path", "max_samples", "max_seq_len")
+    now = settings.public()["values"]
+    if earlier and all(earlier["settings"]["values"].get(name) == now[name] for name in same):
+        counted = earlier["inputs"].get("calibration", {}).get("tokens")
+        if counted:
+            return int(counted), "counted by an earlier run on the same data"
+    return settings.max_samples * settings.max_seq_len, "at most: --max-samples x --max-seq-len"
+
+
+def ratios_of(settings: Settings) -> list[float]:
+    """The ratios to show."""
+    try:
+        return [ratio(text.strip()) for text in settings.ratios.split(",") if text.strip()]
+    except ValueError as error:
+        raise UsageError(f"--ratios {settings.ratios}: {error}") from None
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table for a person."""
+    model, reap, rates = result["model"], result["reap"], result["rates"]
+    known = "measured" if model["measured"] else "predicted, only the total is exact"
+    say(f"model    {model['model_type']}, {size(model['total_bytes'])}, {model['experts']} experts in each of "
+        f"{model['blocks']} blocks, {model['top_k']} for each token")  # fmt: skip
+    say(f"known    {model['source']} ({known})")
+    say(f"rates    {rates['flops'] / 1e12:.3g} TFLOP/s ({rates['flops_source']}), "
+        f"disk {size(rates['read_bytes'])}/s ({rates['read_source']})")  # fmt: skip
+    say(f"reap     {result['calibration']['tokens']:,} tokens ({result['calibration']['source']})")
+    say(f"         memory {size(reap['memory_bytes'])}, or on a GPU {size(reap['gpu_memory_bytes'])} without hidden "
+        f"states; disk {size(reap['disk_bytes'])} at most; about {duration(reap['time_s'])}")  # fmt: skip
+    say()
+    say(f"{'kept':>10}  {'size':>8}  {'prune: memory':>13} {'time':>11}  {'test: loaded':>12} {'streamed':>9}  engines")
+    for cut in result["cuts"]:
+        say(_row(cut, model["experts"]))
+    for note in dict.fromkeys(note for cut in result["cuts"] for note in cut.get("notes", ())):
+        say(note)
+    say("nothing was written; prune needs its size on the disk; times of test leave generation out")
+
+
+def _row(cut: dict[str, Any], experts: int) -> str:
+    if cut["kept"] is None:
+        return f"{'ratio ' + format(cut['asked']['prune_ratio'], 'g'):>10}  not possible: {cut['why_not']}"
+    test, prune = cut["test"], cut["prune"]
+    kept = f"{cut['kept']} of {experts}"
+    return (
+        f"{kept:>10}  {size(cut['after_bytes']):>8}  {size(prune['memory_bytes']):>13} {duration(prune['time_s']):>11}"
+        f"  {size(test['loaded']['memory_bytes']):>12} {size(test['streamed']['memory_bytes']):>9}"
+        f"  {_engines(cut['engines'])}"
+    )
+
+
+def _engines(verdicts: dict[str, list[dict[str, str]]]) -> str:
+    """Engines by the hardest objection that they have."""
+    words = {"": "runs", "slow": "slower", "old": "newer releases only", "fail": "not"}
+    worst = {name: found[0]["severity"] if found else "" for name, found in verdicts.items()}
+    groups = {word: [name for name, how in worst.items() if how == severity] for severity, word in words.items()}
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in groups.items() if names)
+
+
+if __name__ == "__main__":
+    errors.run(main)
