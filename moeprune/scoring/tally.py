@@ -109,6 +109,8 @@ class Tally:
         key_S = expert_S * domains + bucket_S // SLICES
         sorted_S, order_S = torch.sort(key_S, stable=True)
         starts = torch.searchsorted(sorted_S, torch.arange(self.experts * domains, device=self.device))
+        if y_SH.dtype == torch.float16:  # whose sums would end at 65504
+            y_SH = y_SH.float()
         sums = torch.nn.functional.embedding_bag(order_S, y_SH, starts, mode="sum")
         if self.vector_EDH is None:
             self.vector_EDH = self._zeros(self.experts, domains, y_SH.shape[-1])
