@@ -32,7 +32,7 @@ class SavedState:
         self.layer: str | None = None  # the last saved layer of an earlier run
         self._data: Path | None = None
         self._writing: Path | None = None
-        self._cost_s, self._last, self._begun = FIRST_SAVE_S, time.monotonic(), 0.0
+        self._cost_s, self._last = FIRST_SAVE_S, time.monotonic()
         self._clock = 0.0
         self._find()
 
@@ -88,17 +88,14 @@ class SavedState:
         """Keep the output of the layer that runs."""
         assert self._writing is not None
         begun = time.monotonic()
-        with (self._writing / f"{batch:06d}.pt").open("wb") as file:
-            torch.save(compact(output), file)
-            file.flush()
-            os.fsync(file.fileno())
+        save(compact(output), self._writing / f"{batch:06d}.pt")
         self._clock += time.monotonic() - begun
 
     def commit(self, layer: str) -> None:
         """All batches have passed the layer: from now on the run goes on from here."""
         assert self._writing is not None
         begun = time.monotonic()
-        torch.save(self.collect(), self._writing / "sums.pt")
+        save(self.collect(), self._writing / "sums.pt")
         sync_folder(self._writing)
         state = {"fingerprint": self.fingerprint, "layer": layer, "data": self._writing.name}
         write_json(self.folder / "state.json", state)
@@ -110,6 +107,14 @@ class SavedState:
     def remove(self) -> None:
         """The run is complete, or its state is of no use."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def save(value: Any, path: Path) -> None:
+    """Write tensors, and wait until they are on the disk."""
+    with path.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def compact(value: Any) -> Any:
