@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -306,8 +306,3 @@ def read_tensor(tensor: Tensor) -> torch.Tensor:
         if tensor.nbytes and file.readinto(buffer.numpy().data) != tensor.nbytes:
             raise InputError(f"{tensor.file} became shorter while it was read; nobody may write to the model meanwhile")
     return buffer.view(DTYPES[tensor.dtype]).view(tensor.shape)
-
-
-def known_formats() -> Sequence[str]:
-    """The names in TABLE, for messages and documents."""
-    return tuple(dict.fromkeys(form.name for form in TABLE))
