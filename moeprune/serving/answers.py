@@ -63,7 +63,11 @@ class Answers:
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     """Answers by id; of two with the same id, the later one."""
     found = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"no file of answers at {path}") from None
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             try:
                 answer = json.loads(line)

@@ -184,6 +184,12 @@ def test_two_answers_side_by_side_and_hostile_text_stays_text(echo, tmp_path):
     assert "1 prompts in both files, 0 answers are the same" in done.stderr
 
 
+def test_answers_to_compare_with_must_be_there(tmp_path):
+    write_prompts(tmp_path / "p.jsonl", 1)
+    done = batch(tmp_path, "http://127.0.0.1:9/v1", "--prompts-path", "p.jsonl", "--compare", "nowhere.jsonl")
+    assert done.returncode == 3 and "no file of answers at nowhere.jsonl" in done.stderr
+
+
 def test_the_key_is_sent_and_never_kept(echo, tmp_path):
     write_prompts(tmp_path / "p.jsonl", 2)
     done = batch(tmp_path, f"http://127.0.0.1:{echo}/v1", "--prompts-path", "p.jsonl", REAP_ENDPOINT_KEY="key_canary")
