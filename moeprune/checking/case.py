@@ -55,7 +55,8 @@ def plan_of(recipe: dict[str, Any]) -> dict[str, list[int]] | None:
 
 
 def _newest(output: Path) -> Path:
-    made = [path for name in RECIPES for path in output.glob(f"*/{name}") if path.parent.suffix != ".partial"]
+    found = [path for name in RECIPES for path in output.glob(f"*/{name}") if path.parent.suffix != ".partial"]
+    made = [path for path in found if (path.parent / "config.json").is_file()]  # not a folder of results alone
     if not made:
         raise InputError(f"no pruned model in {output}; run the prune stage or pass --pruned-output-path")
     return max(made, key=lambda path: path.stat().st_mtime).parent

@@ -21,10 +21,8 @@ from moeprune import metadata
 from moeprune.checking import masking
 from moeprune.checking.samples import Batch
 from moeprune.errors import InputError
+from moeprune.scoring.building import DTYPES, pick_device
 from moeprune.settings import Settings
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # final hidden states [N, D] -> logits, float32 [N, V]
 
@@ -105,10 +103,8 @@ def load_tokenizer(folder: Path, settings: Settings) -> Any:
 
 
 def device(settings: Settings) -> str:
-    """The device that a setting of "auto" means here."""
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device to compute on; one that was asked for and is not there is refused."""
+    return pick_device(settings).type
 
 
 def speaking(model: Any) -> Any:
