@@ -49,6 +49,13 @@ def test_a_line_that_programs_read_differently_is_refused(dotenv, line):
         read_dotenv(dotenv)
 
 
+def test_dotenv_is_read_the_same_before_the_set_up(dotenv, monkeypatch):
+    dotenv.write_text("# REAP_SEED=1\n\nREAP_MODEL_PATH=/a/b=c\nREAP_SEED=\nREAP_SEED=3\nHF_TOKEN=hf_x\nREAP_KEEP=\n")
+    with_library = read_dotenv(dotenv)
+    monkeypatch.setitem(sys.modules, "dotenv", None)
+    assert read_dotenv(dotenv) == with_library == {"REAP_MODEL_PATH": "/a/b=c", "REAP_SEED": "3", "HF_TOKEN": "hf_x"}
+
+
 @pytest.mark.parametrize("place", ["environment", "dotenv"])
 def test_a_misspelt_name_is_refused_with_a_suggestion(dotenv, place):
     name = "REAP_PRUNE_RATOI"
