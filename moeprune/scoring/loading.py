@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -26,6 +29,7 @@ from moeprune.errors import InputError
 from moeprune.scoring.dequantize import Lazy, Recipe, read_tensor, recipes
 
 Tensors = dict[str, torch.Tensor]
+ONE_BY_ONE = re.compile(r"\bexperts\.\d+\.(gate|up|down)_proj\.weight$")
 OUTSIDE = ""  # the name for everything that is in no layer: embeddings, final norm, head
 
 
@@ -38,8 +42,8 @@ class LayerLoader:
         self.layers = frozenset(layers)
         self.dtype = model.dtype
         self.recipes: Mapping[str, Recipe] = recipes(checkpoint)
-        self.mapping = get_model_conversion_mapping(model)
         in_memory = model.state_dict()
+        self.mapping = get_model_conversion_mapping(model) + _stacking(model, self.recipes)
         self.memory_name = _memory_names(self.recipes, model, self.mapping, in_memory)
         self.sources: dict[str, list[str]] = {layer: [] for layer in (*layers, OUTSIDE)}
         for name, target in self.memory_name.items():
@@ -166,6 +170,23 @@ def release_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _stacking(model: PreTrainedModel, names: Iterable[str]) -> list[WeightTransform]:
+    """Conversions for experts that lie one by one where the family ships them stacked, as AWQ leaves Qwen3-VL-MoE."""
+    if not any(ONE_BY_ONE.search(name) for name in names):
+        return []
+    known = get_model_conversion_mapping(model)
+    if any("experts.*" in pattern for entry in known for pattern in entry.source_patterns):
+        return []
+    stacked = [module for module in model.modules() if "gate_up_proj" in dict(module.named_parameters(recurse=False))]
+    if not stacked or any(getattr(module, "is_transposed", False) for module in stacked):
+        return []
+    gate_and_up = ["experts.*.gate_proj.weight", "experts.*.up_proj.weight"]
+    return [
+        WeightConverter(gate_and_up, "experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)]),
+        WeightConverter("experts.*.down_proj.weight", "experts.down_proj", operations=[MergeModulelist(dim=0)]),
+    ]
 
 
 def _memory_names(
