@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from moeprune.checkpoint.folder import INDEX, Checkpoint, open_checkpoint
@@ -40,7 +41,15 @@ def open_outline(model: str, token: str = "") -> Outline:
         return Outline(open_checkpoint(path), True, "headers on this disk")
     if not HUB_ID.fullmatch(model):
         raise InputError(f"no model at {model}; give a folder that exists, or a hub id such as Qwen/Qwen3-30B-A3B")
-    return Outline(_from_hub(*model.partition("@")[::2], token), True, "headers at the hub")
+    repo, _, revision = model.partition("@")
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        raise MachineError(f"huggingface_hub is not installed, so {repo} cannot be asked for; give a folder") from None
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    if isinstance(cached, str) and _is_complete(Path(cached).parent):
+        return Outline(open_checkpoint(Path(cached).parent), True, "headers in the hub's cache on this disk")
+    return Outline(_from_hub(repo, revision or None, token), True, "headers at the hub")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -49,37 +58,38 @@ def _is_complete(folder: Path) -> bool:
     if (folder / INDEX).is_file():
         names = index_of(folder)["weight_map"].values()
         return all((folder / name).is_file() for name in set(names))
-    if any(folder.glob("*.safetensors")):
-        return True
-    raise InputError(f"{folder} holds neither weights nor {INDEX}; fetch the index too, it is small")
+    return any(folder.glob("*.safetensors"))
 
 
-def _from_hub(repo: str, revision: str, token: str) -> Checkpoint:
+def _from_hub(repo: str, revision: str | None, token: str) -> Checkpoint:
     """Config and headers; the library fetches the headers by range."""
+    from huggingface_hub import HfApi, get_session
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        RepositoryNotFoundError,
+    )
+
+    # The library lets errors of its HTTP client through, which is another package in each of its releases.
+    transport = import_module(type(get_session()).__module__.partition(".")[0])
+    api = HfApi(token=token or None)
     try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            NotASafetensorsRepoError,
-            RepositoryNotFoundError,
-        )
-    except ImportError:
-        raise MachineError(f"huggingface_hub is not installed, so {repo} cannot be asked for; give a folder") from None
-    api, wanted = HfApi(token=token or None), revision or None
-    try:
-        found = api.get_safetensors_metadata(repo, revision=wanted)
-        config = read_json(Path(api.hf_hub_download(repo, "config.json", revision=wanted)), "the model's config.json")
+        found = api.get_safetensors_metadata(repo, revision=revision)
+        config = read_json(Path(api.hf_hub_download(repo, "config.json", revision=revision)), "the model's config.json")
     except RepositoryNotFoundError:
         raise InputError(f"the hub knows no model {repo} (or it is private: set HF_TOKEN)") from None
-    except (EntryNotFoundError, NotASafetensorsRepoError):
-        raise InputError(f"{repo} has no safetensors weights with a config.json; a GGUF file has to be here") from None
-    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HfHubHTTPError, transport.HTTPError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(f"{repo} has no config.json at the hub; a GGUF file has to be on this disk") from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MachineError(
             f"{repo} is no folder here, and the hub did not answer ({reason}); "
             f"a folder with config.json and {INDEX} is enough"
         ) from None
+    except NotASafetensorsRepoError:
+        raise InputError(f"{repo} has no safetensors weights at the hub; a GGUF file has to be on this disk") from None
     tensors = {}
     for file, header in found.files_metadata.items():
         for name, info in header.tensors.items():

@@ -41,6 +41,8 @@ TYPE_BYTES = {"float32": 4.0, "float64": 8.0, "bfloat16": 2.0, "float16": 2.0}
 
 def index_of(folder: Path) -> dict[str, Any]:
     """The index of the shards, with a weight_map that can be used."""
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder} holds neither weights nor {INDEX}; fetch the index too, it is small")
     index = read_json(folder / INDEX, "the index of the shards")
     names = index.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
