@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -179,13 +180,17 @@ def _stacking(model: PreTrainedModel, names: Iterable[str]) -> list[WeightTransf
     known = get_model_conversion_mapping(model)
     if any("experts.*" in pattern for entry in known for pattern in entry.source_patterns):
         return []
-    stacked = [module for module in model.modules() if "gate_up_proj" in dict(module.named_parameters(recurse=False))]
-    if not stacked or any(getattr(module, "is_transposed", False) for module in stacked):
+    stacked = next((m for m in model.modules() if {"gate_up_proj", "down_proj"} <= m._parameters.keys()), None)
+    if stacked is None:
         return []
+    gate_up, down = stacked.get_parameter("gate_up_proj"), stacked.get_parameter("down_proj")
+    turned = gate_up.shape[1] == down.shape[2]  # inputs come before outputs, as in Llama 4
+    turn = [Transpose(1, 2)] if turned else []
     gate_and_up = ["experts.*.gate_proj.weight", "experts.*.up_proj.weight"]
+    merged = [MergeModulelist(dim=0), Concatenate(dim=1), *turn]
     return [
-        WeightConverter(gate_and_up, "experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)]),
-        WeightConverter("experts.*.down_proj.weight", "experts.down_proj", operations=[MergeModulelist(dim=0)]),
+        WeightConverter(gate_and_up, "experts.gate_up_proj", operations=merged),
+        WeightConverter("experts.*.down_proj.weight", "experts.down_proj", operations=[MergeModulelist(dim=0), *turn]),
     ]
 
 

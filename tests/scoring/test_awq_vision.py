@@ -114,6 +114,31 @@ def test_scored_and_cut_it_describes_an_image_as_its_values_would(models, data, 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma4", "llama4"])
+def test_experts_one_by_one_are_those_of_the_stack(family, tmp_path):
+    stacked = streamed.checkpoint(family)
+    apart = tmp_path / "apart"
+    shutil.copytree(stacked, apart)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(stacked / "model.safetensors").items():
+        block, _, kind = name.rpartition(".")
+        if not block.endswith(".experts"):
+            tensors[name] = tensor
+            continue
+        names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        for e, expert in enumerate(tensor):
+            weight_OI = expert.T if family == "llama4" else expert
+            for projection, part_OI in zip(names, weight_OI.chunk(len(names)), strict=True):
+                tensors[f"{block}.{e}.{projection}.weight"] = part_OI.contiguous().clone()
+    assert len(tensors) > len(load_file(stacked / "model.safetensors"))
+    save_file(tensors, apart / "model.safetensors")
+    data = streamed.batches()
+    found, expected = (streamed.score(folder, data, tmp_path) for folder in (apart, stacked))
+    for a, b in zip(found.blocks, expected.blocks, strict=True):
+        for name, array in b.values.items():
+            np.testing.assert_array_equal(a.values[name], array, err_msg=f"{a.block} {name}")
+
+
 def assert_carried_over(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], keep: dict[str, list[int]]):
     """To the byte: packed numbers of the experts that stay, under new numbers, and all that is no expert's."""
     expected = {}
