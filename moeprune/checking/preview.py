@@ -21,7 +21,7 @@ from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, op
 from moeprune.errors import InputError, UsageError
 from moeprune.planning import decision
 from moeprune.planning.plan import Limits
-from moeprune.pruning.choice import SCORES, bytes_per_expert
+from moeprune.pruning.choice import SCORES, bytes_per_expert, check, read_plan
 from moeprune.settings import Settings, ratio
 
 KIND = "preview"
@@ -110,13 +110,8 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> 
 def _from_files(settings: Settings, layout: Layout) -> list[Variant]:
     made = []
     for name in _names(settings.plans):
-        data = metadata.read_json(Path(name), "the plan")
-        lists = data.get("keep") or data.get("plan", {}).get("keep")
-        if not isinstance(lists, dict) or not lists:
-            raise InputError(f'{name} must hold {{"keep": {{"model.layers.0": [0, 3, 5], ...}}}}')
-        keep = {block: tuple(ids) for block, ids in lists.items()}
-        if any(not ids or min(ids) < 0 or max(ids) >= layout.experts for ids in keep.values()):
-            raise InputError(f"{name} names experts that the model does not have; it has {layout.experts} in a layer")
+        keep = read_plan(Path(name))
+        check(keep, [block for block in layout.blocks if block.role == "trunk" or block.name in keep], layout)
         made.append(Variant(Path(name).stem, "plan", len(next(iter(keep.values()))), 0, keep))
     return made
 

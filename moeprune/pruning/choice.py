@@ -58,28 +58,39 @@ def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout, gone: Col
     else:
         leaving = sum(checkpoint.tensors[name].nbytes for name in gone)
         choice = _from_scores(settings, checkpoint, layout, limits, leaving)
-    check_keep(blocks, choice.keep)
-    check_groups(blocks, choice.keep, layout.groups)
-    check_runs(blocks, choice.keep, layout.run)
+    check(choice.keep, blocks, layout)
     return choice
+
+
+def check(keep: Keep, blocks: Sequence[Block], layout: Layout) -> None:
+    """Refuse keep-lists that these blocks of the model cannot be cut to."""
+    check_keep(blocks, keep)
+    check_groups(blocks, keep, layout.groups)
+    check_runs(blocks, keep, layout.run)
 
 
 def _from_plan(settings: Settings, layout: Layout, limits: Limits) -> Choice:
     """A plan from a file; blocks of further-token layers that it does not name keep evenly spaced experts."""
     path = Path(settings.plan)
-    data = metadata.read_json(path, "the plan")
-    lists = data.get("keep", data.get("plan", {}).get("keep") if isinstance(data.get("plan"), dict) else None)
-    if not isinstance(lists, dict) or not all(_are_numbers(ids) for ids in lists.values()) or not lists:
-        raise InputError(
-            f'{path} must hold {{"keep": {{"model.layers.0": [0, 3, 5], ...}}}}, a list of ids for each block'
-        )
-    keep = {block: tuple(ids) for block, ids in lists.items()}
+    keep = read_plan(path)
     count = len(next(iter(keep.values())))
     check_count(count, limits)
     suits = decision.choose_count(replace(settings, keep=count, target_size=0, origin={}), limits, layout.model_type)
     blind = {block.name: block.experts for block in layout.blocks if block.role != "trunk" and block.name not in keep}
     keep |= make_plan({}, count, limits, unscored=blind).keep
     return Choice(keep, count, path, suits.notes, suits.warnings)
+
+
+def read_plan(path: Path) -> dict[str, tuple[int, ...]]:
+    """Block -> experts that stay, from a file made by hand or a result that holds a plan."""
+    data = metadata.read_json(path, "the plan")
+    inner = data.get("plan")
+    lists = data.get("keep", inner.get("keep") if isinstance(inner, dict) else None)
+    if not isinstance(lists, dict) or not all(_are_numbers(ids) for ids in lists.values()) or not lists:
+        raise InputError(
+            f'{path} must hold {{"keep": {{"model.layers.0": [0, 3, 5], ...}}}}, a list of ids for each block'
+        )
+    return {block: tuple(ids) for block, ids in lists.items()}
 
 
 def _are_numbers(ids: Any) -> bool:
