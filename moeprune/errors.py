@@ -48,6 +48,7 @@ class Interrupted(BaseException):
 
 OUT_OF_MEMORY = {"OutOfMemoryError", "AcceleratorError"}  # torch's own classes, named so that torch is not imported
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+UNFIT_PLACE = {errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO}
 
 
 def run(stage: Callable[[list[str]], None]) -> NoReturn:
@@ -96,4 +97,6 @@ def _explain(error: BaseException) -> tuple[str, int]:
         )
     if isinstance(error, PermissionError):
         return f"not permitted: {error.filename}; check who owns it", MachineError.exit_code
+    if isinstance(error, OSError) and error.errno in UNFIT_PLACE and error.filename:
+        return f"{error.strerror}: {error.filename}; name another place or mend this one", MachineError.exit_code
     return f"{type(error).__name__}: {error}; this is a bug in moeprune, please report it with the lines above", 1

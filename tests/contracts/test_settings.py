@@ -97,6 +97,7 @@ ENDS = {
     "raise KeyboardInterrupt": (130, "error: interrupted"),
     "os.kill(os.getpid(), 15)": (143, "error: stopped by SIGTERM"),
     "raise OSError(28, 'full', '/x')": (4, "error: no space left on the disk at /x"),
+    "raise OSError(30, 'Read-only file system', '/x')": (4, "error: Read-only file system: /x; name another place"),
     "raise MemoryError('hidden states')": (4, "error: out of memory"),
     "1 / 0": (1, "error: ZeroDivisionError"),
     "pass": (0, ""),
