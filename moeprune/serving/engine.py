@@ -67,6 +67,7 @@ def start(settings: Settings, model: str, extra: Sequence[str]) -> Running:
     name = settings.served_model or folder.name
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", reference, "--served-model-name", name]
     command += ["--host", settings.serve_host, "--port", str(settings.serve_port), *extra]
+    settings.output_path.mkdir(parents=True, exist_ok=True)
     begin = _in_container if settings.runtime == "docker" else _on_this_machine
     running = begin(settings, command, folder, Running(url, name, ""))
     (settings.output_path / STATE).write_text(json.dumps(asdict(running), indent=2) + "\n", encoding="utf-8")
@@ -78,7 +79,6 @@ def _on_this_machine(settings: Settings, command: list[str], _folder: Path, runn
     python = settings.serve_python or sys.executable
     if not settings.serve_python and importlib.util.find_spec("vllm") is None:
         raise MachineError("vLLM is not installed here; name an interpreter that has it in REAP_SERVE_PYTHON")
-    settings.output_path.mkdir(parents=True, exist_ok=True)
     log = settings.output_path / LOG
     console.say(f"+ {shlex.join([python, *command])} >{log}")
     with log.open("wb") as file:
