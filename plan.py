@@ -49,6 +49,10 @@ def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
     cuts = [
         forecast.variant(wish, layout, weights, rates, work) for wish in forecast.wishes(settings, ratios_of(settings))
     ]
+    scores_here = outline.checkpoint.container == "safetensors"
+    if not scores_here:
+        console.warn("stages 1 and 3 run on the safetensors original of a GGUF file; only the cut is foretold here")
+        cuts = [cut | {"test": None} for cut in cuts]
     return metadata.header("plan") | {
         "settings": settings.public(),
         "model": {
@@ -61,7 +65,7 @@ def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
         },
         "calibration": {"tokens": tokens, "source": tokens_source},
         "rates": asdict(rates),
-        "reap": asdict(forecast.scoring(weights, tokens, settings.hidden_memory, rates)),
+        "reap": asdict(forecast.scoring(weights, tokens, settings.hidden_memory, rates)) if scores_here else None,
         "cuts": cuts,
         "warnings": console.warnings(),
     }
@@ -152,9 +156,10 @@ def show(result: dict[str, Any]) -> None:
     say(f"known    {model['source']} ({known})")
     say(f"rates    {rates['flops'] / 1e12:.3g} TFLOP/s ({rates['flops_source']}), "
         f"disk {size(rates['read_bytes'])}/s ({rates['read_source']})")  # fmt: skip
-    say(f"reap     {result['calibration']['tokens']:,} tokens ({result['calibration']['source']})")
-    say(f"         memory {size(reap['memory_bytes'])}, or on a GPU {size(reap['gpu_memory_bytes'])} without hidden "
-        f"states; disk {size(reap['disk_bytes'])} at most; about {duration(reap['time_s'])}")  # fmt: skip
+    if reap:
+        say(f"reap     {result['calibration']['tokens']:,} tokens ({result['calibration']['source']})")
+        memory = f"memory {size(reap['memory_bytes'])}, or on a GPU {size(reap['gpu_memory_bytes'])} and hidden states"
+        say(f"         {memory}; disk {size(reap['disk_bytes'])} at most; about {duration(reap['time_s'])}")
     say()
     say(f"{'kept':>10}  {'size':>8}  {'prune: memory':>13} {'time':>11}  {'test: loaded':>12} {'streamed':>9}  engines")
     for cut in result["cuts"]:
@@ -167,12 +172,12 @@ def show(result: dict[str, Any]) -> None:
 def _row(cut: dict[str, Any], experts: int) -> str:
     if cut["kept"] is None:
         return f"{'ratio ' + format(cut['asked']['prune_ratio'], 'g'):>10}  not possible: {cut['why_not']}"
-    test, prune = cut["test"], cut["prune"]
+    prune, test = cut["prune"], cut["test"]
+    memory = [size(test[how]["memory_bytes"]) for how in ("loaded", "streamed")] if test else ["", ""]
     kept = f"{cut['kept']} of {experts}"
     return (
         f"{kept:>10}  {size(cut['after_bytes']):>8}  {size(prune['memory_bytes']):>13} {duration(prune['time_s']):>11}"
-        f"  {size(test['loaded']['memory_bytes']):>12} {size(test['streamed']['memory_bytes']):>9}"
-        f"  {_engines(cut['engines'])}"
+        f"  {memory[0]:>12} {memory[1]:>9}  {_engines(cut['engines'])}"
     )
 
 

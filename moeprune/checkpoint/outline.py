@@ -67,7 +67,6 @@ def _from_hub(repo: str, revision: str | None, token: str) -> Checkpoint:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
         NotASafetensorsRepoError,
         RepositoryNotFoundError,
     )
@@ -78,18 +77,17 @@ def _from_hub(repo: str, revision: str | None, token: str) -> Checkpoint:
     try:
         found = api.get_safetensors_metadata(repo, revision=revision)
         config = read_json(Path(api.hf_hub_download(repo, "config.json", revision=revision)), "the model's config.json")
-    except RepositoryNotFoundError:
-        raise InputError(f"the hub knows no model {repo} (or it is private: set HF_TOKEN)") from None
-    except (HfHubHTTPError, transport.HTTPError, LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise InputError(f"{repo} has no config.json at the hub; a GGUF file has to be on this disk") from None
+    except (RepositoryNotFoundError, NotASafetensorsRepoError):
+        raise InputError(
+            f"the hub shows no safetensors weights of {repo}: check the name; a private model needs HF_TOKEN, "
+            "and a GGUF file has to be on this disk"
+        ) from None
+    except (HfHubHTTPError, EntryNotFoundError, transport.HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MachineError(
             f"{repo} is no folder here, and the hub did not answer ({reason}); "
             f"a folder with config.json and {INDEX} is enough"
         ) from None
-    except NotASafetensorsRepoError:
-        raise InputError(f"{repo} has no safetensors weights at the hub; a GGUF file has to be on this disk") from None
     tensors = {}
     for file, header in found.files_metadata.items():
         for name, info in header.tensors.items():
