@@ -258,7 +258,7 @@ check() {
   else
     say "no docker compose here, so docker-compose.yml is only checked by the tests"
   fi
-  try env OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadgroup -rs "$@"
+  try env OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadfile -rs "$@"
   [[ -z $failed ]] || die "check failed:$failed" 1
 }
 

@@ -17,7 +17,6 @@ import pytest
 from tests.containers.conftest import CALLER, ROOT, STATE
 from tests.contracts.documents import passed_to_steps
 
-pytestmark = pytest.mark.xdist_group("containers")  # one engine, so one worker
 SMALLER = {"REAP_GENERATIONS": "40", "REAP_EVALUATION_SAMPLES": "40"}  # they also show that the shell reaches a step
 
 
