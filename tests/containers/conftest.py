@@ -38,7 +38,8 @@ def script(*words: str, **environ: str) -> str:
     full = os.environ | {"STATE": str(STATE)} | environ
     done = subprocess.run([ENGINE_SCRIPTS / words[0], *words[1:]], env=full, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"no Docker engine can be had here: {' '.join(words)}: {done.stderr.strip()[-200:]}")
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        pytest.skip(f"no Docker engine can be had here: {' '.join(words)}: {why[-200:]}")
     return done.stdout
 
 
