@@ -9,6 +9,7 @@ Legend of the array suffixes: N judged positions.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -28,13 +29,14 @@ DEMO = ROOT / "demo"
 sys.path[:0] = [str(ROOT), str(DEMO)]
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from domains import Sample  # noqa: E402
 from train import draw, identity  # noqa: E402
 
 from moeprune.checking import fidelity, samples, subject  # noqa: E402
 from moeprune.checkpoint.families import understand  # noqa: E402
 from moeprune.checkpoint.folder import open_checkpoint  # noqa: E402
-from moeprune.metadata import Sums  # noqa: E402
+from moeprune.metadata import Sums, write_json  # noqa: E402
 from moeprune.planning import plan, saliency  # noqa: E402
 from moeprune.scoring.building import read_config  # noqa: E402
 from moeprune.scoring.calibration import load_calibration  # noqa: E402
@@ -227,3 +229,25 @@ def facts(bench: Bench) -> dict[str, Any]:
         },
         "parent": {"exact": round(bench.own_loss().over(bench.domains)["exact"], 5)},
     }
+
+
+Measure = Callable[[Bench, int, int], dict[str, Any]]  # seeds, tokens of calibration data
+
+
+def main(about: str | None, measure: Measure, show: Callable[[dict[str, Any]], None], tokens: int) -> None:
+    """Measure, show, print. With --quick a quarter of the tokens is drawn, once."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="draws of calibration data")
+    parser.add_argument("--samples", type=int, default=40, help="held-out samples of each domain")
+    parser.add_argument("--quick", action="store_true", help="one seed, ten samples of each domain, half a minute")
+    parser.add_argument("--output", type=Path, help="also write the result to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # more only wait for each other on tensors as small as these
+    begun = time.monotonic()
+    seeds, per_domain = (1, 10) if arguments.quick else (arguments.seeds, arguments.samples)
+    result = measure(Bench(per_domain), seeds, tokens // 4 if arguments.quick else tokens)
+    result["timing"] = {"total_s": round(time.monotonic() - begun, 1)}
+    show(result)
+    if arguments.output:
+        write_json(arguments.output, result)
+    print(json.dumps(result))

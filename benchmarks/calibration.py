@@ -11,10 +11,7 @@ tokens of equal domains. A table goes to stderr, one JSON line to stdout.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -23,10 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
-from benchmarks.bench import RATIOS, Bench, Loss, Method, facts, spread, summed_up  # noqa: E402
-from moeprune.metadata import write_json  # noqa: E402
+from benchmarks.bench import RATIOS, Bench, Loss, Method, facts, main, spread, summed_up  # noqa: E402
 from moeprune.planning.saliency import BLENDS  # noqa: E402
 
 TOKENS = 16_000
@@ -100,6 +94,19 @@ def measure_unequal(bench: Bench, seeds: int, tokens: int) -> list[dict[str, Any
     ]
 
 
+def measure(bench: Bench, seeds: int, tokens: int) -> dict[str, Any]:
+    """Both parts."""
+    return {
+        "benchmark": "calibration",
+        **facts(bench),
+        "seeds": seeds,
+        "calibration_tokens": tokens,
+        "alone_ratio": ALONE_RATIO,
+        "alone": measure_alone(bench, seeds, tokens),
+        "unequal": measure_unequal(bench, seeds, tokens),
+    }
+
+
 def show(result: dict[str, Any]) -> None:
     """Both tables, for a person."""
     print(f"parent: {result['parent']['exact']:.1%} exactly right; {result['seeds']} seeds", file=sys.stderr)
@@ -119,34 +126,5 @@ def show(result: dict[str, Any]) -> None:
         print(f"{', '.join(name):<36}{text}", file=sys.stderr)
 
 
-def main() -> None:
-    """Measure, show, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="draws of calibration data")
-    parser.add_argument("--samples", type=int, default=40, help="held-out samples of each domain")
-    parser.add_argument("--quick", action="store_true", help="one seed, ten samples of each domain, half a minute")
-    parser.add_argument("--output", type=Path, help="also write the result to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # more only wait for each other on tensors as small as these
-    begun = time.monotonic()
-    seeds, per_domain = (1, 10) if arguments.quick else (arguments.seeds, arguments.samples)
-    tokens = TOKENS // 4 if arguments.quick else TOKENS
-    bench = Bench(per_domain)
-    result = {
-        "benchmark": "calibration",
-        **facts(bench),
-        "seeds": seeds,
-        "calibration_tokens": tokens,
-        "alone_ratio": ALONE_RATIO,
-        "alone": measure_alone(bench, seeds, tokens),
-        "unequal": measure_unequal(bench, seeds, tokens),
-    }
-    result["timing"] = {"total_s": round(time.monotonic() - begun, 1)}
-    show(result)
-    if arguments.output:
-        write_json(arguments.output, result)
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, show, TOKENS)

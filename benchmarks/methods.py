@@ -10,10 +10,7 @@ that are exactly right; every domain counts alike. A table goes to stderr, one J
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
-from benchmarks.bench import RATIOS, Bench, Loss, Method, Scored, facts, summed_up  # noqa: E402
-from moeprune.metadata import write_json  # noqa: E402
+from benchmarks.bench import RATIOS, Bench, Loss, Method, Scored, facts, main, summed_up  # noqa: E402
 from moeprune.planning.saliency import MEASURED, METRICS, resolve  # noqa: E402
 
 TOKENS = 1200  # of each domain, as in demo/calibration.jsonl
@@ -86,24 +80,5 @@ def show(result: dict[str, Any]) -> None:
         print(f"mode {mode:<8} {cost['cpu_s']:>7.2f} s, {cost['over_routed']:.2f} times routed", file=sys.stderr)
 
 
-def main() -> None:
-    """Measure, show, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="draws of calibration data")
-    parser.add_argument("--samples", type=int, default=40, help="held-out samples of each domain")
-    parser.add_argument("--quick", action="store_true", help="one seed, ten samples of each domain, half a minute")
-    parser.add_argument("--output", type=Path, help="also write the result to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # more only wait for each other on tensors as small as these
-    begun = time.monotonic()
-    seeds, per_domain = (1, 10) if arguments.quick else (arguments.seeds, arguments.samples)
-    result = measure(Bench(per_domain), seeds, TOKENS // 4 if arguments.quick else TOKENS)
-    result["timing"] = {"total_s": round(time.monotonic() - begun, 1)}
-    show(result)
-    if arguments.output:
-        write_json(arguments.output, result)
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, show, TOKENS)
