@@ -44,6 +44,9 @@ STATISTICS = {
 }
 
 
+IMAGE = " [image]"  # ending of the domain that the image tokens of a domain's samples belong to
+
+
 @dataclass(frozen=True)
 class BlockSums:
     """What the experts of one block did on the calibration data."""

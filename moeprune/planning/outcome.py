@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from moeprune.metadata import Array, BlockSums, Sums
+from moeprune.metadata import IMAGE, Array, BlockSums, Sums
 from moeprune.planning.plan import Plan
 from moeprune.planning.saliency import METRICS, never_routed, shares
 
+MOSTLY = 2 / 3  # of what an expert does, images and text weighing the same, for it to work mostly for images
+NAMED = 5  # blocks whose image experts are named in a line
 COVERAGE_METRICS = ("weighted_ean_sum", "full", "router", "frequency")  # the first that was measured
 
 
@@ -30,6 +32,7 @@ class BlockOutcome:
     coverage: Mapping[str, float]  # domain -> share kept; a domain without tokens here is absent
     never_routed: tuple[int, ...]
     protected: tuple[int, ...]
+    for_images: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,23 @@ class Outcome:
             measured = sum(len(block.scores) for block in self.blocks)
             stay = sum(len({*block.never_routed} & {*block.keep}) for block in self.blocks)
             lines.append(f"{self.never_routed} of {measured} experts saw no token at all; {stay} of them stay")
+        if any(block.for_images for block in self.blocks):
+            lines.append(self._about_images())
         blind = [block.block for block in self.blocks if not block.scores]
         if blind:
             lines.append(f"{', '.join(blind)} had no scores: evenly spaced experts stay there")
         return lines
+
+    def _about_images(self) -> str:
+        seeing = [block for block in self.blocks if block.for_images]
+        total = sum(len(block.for_images) for block in seeing)
+        stay = sum(len({*block.for_images} & {*block.keep}) for block in seeing)
+        named = [f"{block.block}: {', '.join(map(str, block.for_images))}" for block in seeing[:NAMED]]
+        more = [f"{len(seeing) - NAMED} more layers in the result file"] if len(seeing) > NAMED else []
+        return (
+            f"{total} experts work mostly for images, {stay} of them stay; to keep more of them, weigh the domains "
+            f"that end in {IMAGE.strip()} with --weights ({'; '.join([*named, *more])})"
+        )
 
 
 def outcome(plan: Plan, sums: Sums, scores: Mapping[str, Array]) -> Outcome:
@@ -86,6 +102,22 @@ def coverage_metric(sums: Sums) -> str:
     return next(name for name in COVERAGE_METRICS if there.issuperset(METRICS[name].needs) or name == "frequency")
 
 
+def for_images(block: BlockSums, metric: str, domains: tuple[str, ...]) -> tuple[int, ...]:
+    """Experts that do at least their part for images, an Eth of it, and little else: MOSTLY of their work is for them.
+
+    An expert's work for images is its share of the image domains' saliency, mean over those that reach the block; its
+    work for text likewise. So it does not matter how many image tokens there were for each token of text.
+    """
+    share_DE = shares(block, metric)
+    reached_D, image_D = share_DE.any(axis=1), np.array([name.endswith(IMAGE) for name in domains])
+    if not (reached_D & image_D).any():
+        return ()
+    image_E = share_DE[reached_D & image_D].mean(axis=0)
+    text_E = share_DE[reached_D & ~image_D].mean(axis=0) if (reached_D & ~image_D).any() else np.zeros(block.experts)
+    chosen_E = (image_E >= 1 / block.experts) & (image_E >= MOSTLY * (image_E + text_E))
+    return tuple(np.flatnonzero(chosen_E).tolist())
+
+
 def coverage(block: BlockSums, keep: tuple[int, ...], metric: str, domains: tuple[str, ...]) -> dict[str, float]:
     """Domain -> the share of its saliency in this block that `keep` holds."""
     share_DE = shares(block, metric)
@@ -111,6 +143,7 @@ def _block_outcome(
         coverage=coverage(block, keep, metric, domains),
         never_routed=never_routed(block),
         protected=protected,
+        for_images=for_images(block, metric, domains),
     )
 
 
@@ -139,6 +172,7 @@ def to_json(result: Outcome, how: Mapping[str, Any]) -> dict[str, Any]:
                 "coverage": dict(block.coverage),
                 "never_routed": list(block.never_routed),
                 "protected": list(block.protected),
+                "for_images": list(block.for_images),
             }
             for block in result.blocks
         ],

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from moeprune.scoring.documents import IMAGE, SLICES, Document
+from moeprune.metadata import IMAGE
+from moeprune.scoring.documents import SLICES, Document
 
 __all__ = ["NOT_COUNTED", "SLICES", "Batch", "can_pack", "fill_rows", "packed", "unpacked"]
 

@@ -15,12 +15,12 @@ import torch
 
 from moeprune import console
 from moeprune.errors import InputError
+from moeprune.metadata import IMAGE
 from moeprune.scoring import images, processors
 from moeprune.scoring.samples import Sample
 from moeprune.scoring.templates import Refused, Rules, encode, render, thinking_switch
 
 SLICES = 4  # parts of each domain's samples, to see how stable the scores are
-IMAGE = " [image]"  # ending of the domain that the image tokens of a domain's samples belong to
 
 
 @dataclass(frozen=True)
