@@ -41,8 +41,6 @@ PROCESS_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 
-# ---------------------------------------------------------------------------------------------------------- data
-
 
 def identity(sample: Sample) -> str:
     """What makes two samples the same: their text without spaces, so that `2+3=` and `2 + 3 =` are one."""
@@ -172,9 +170,6 @@ def make_batches(steps: int, held_out: set[str], tokenizer: Qwen2Tokenizer) -> l
     return [next(streams[512 if step % LONG_ROWS_EVERY == 0 else 128]) for step in range(steps)]
 
 
-# --------------------------------------------------------------------------------------------------------- model
-
-
 def new_model(tokenizer: Qwen2Tokenizer) -> Qwen3MoeForCausalLM:
     """Build the untrained model."""
     config = Qwen3MoeConfig(
@@ -225,9 +220,6 @@ def imbalance(logits_NE: torch.Tensor, chosen: int) -> torch.Tensor:
     experts = logits_NE.shape[-1]
     share_E = torch.bincount(logits_NE.topk(chosen).indices.flatten(), minlength=experts) / (len(logits_NE) * chosen)
     return experts * (share_E * probability_NE.mean(0)).sum()
-
-
-# ------------------------------------------------------------------------------------------------------ training
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
