@@ -76,7 +76,7 @@ def planned(
     scored = {block.block for block in sums.blocks}
     samples = samples_by_domain(calibration)
     try:
-        limits = Limits(model["experts"], model["top_k"], model["groups"], model["top_groups"])
+        limits = Limits(model["experts"], model["top_k"], model["groups"], model["top_groups"], model.get("run", 1))
         unscored = {name: limits.experts for name in (run.get("plan") or {}).get("keep", {}) if name not in scored}
         count = choose_count(settings, limits, model["model_type"]).count
         made = decide(settings, sums, count, limits, unscored=unscored, samples=samples)

@@ -103,12 +103,13 @@ def model_facts(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
         "top_k": layout.top_k,
         "groups": layout.groups,
         "top_groups": layout.top_groups,
+        "run": layout.run,
     }
 
 
 def limits_of(layout: Layout) -> Limits:
     """What the router demands of the number of experts."""
-    return Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    return Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
 
 
 def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -94,7 +94,7 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> 
     if not settings.other_scores and scored != fingerprint(checkpoint):
         raise InputError(f"the scores in {path} were made on another model; run reap.py on it, or pass --other-scores")
     sums = metadata.Sums.from_json(data["scores"])
-    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
     trunk = [block.name for block in layout.blocks if block.role == "trunk"]
     made = []
     for metric in _names(settings.metrics) or [settings.metric]:

@@ -20,6 +20,7 @@ class Limits:
     top_k: int
     groups: int = 1
     top_groups: int = 1
+    run: int = 1  # neighbours that share a tensor, so that they stay or go together
 
     @property
     def smallest(self) -> int:
@@ -34,6 +35,8 @@ class Limits:
             return f"there are {self.experts} experts in a layer"
         if count < self.top_k:
             return f"the router chooses {self.top_k} experts for each token"
+        if count // max(self.groups, 1) % self.run:
+            return f"{self.run} neighbours share a tensor, so they stay or go together"
         if self.groups <= 1:
             return ""
         if count % self.groups:
@@ -134,36 +137,40 @@ def make_plan(
     check_count(count, limits)
     protected = protected or {}
     keep = {
-        block: _best(block, score_E, count, limits.groups, frozenset(protected.get(block, ())))
+        block: _best(block, score_E, count, limits, frozenset(protected.get(block, ())))
         for block, score_E in scores.items()
     }
     blind = {block: experts for block, experts in (unscored or {}).items() if block not in scores}
-    keep |= {block: _evenly_spaced(block, experts, count, limits.groups) for block, experts in blind.items()}
+    keep |= {block: _evenly_spaced(block, experts, count, limits) for block, experts in blind.items()}
     shown = {block: tuple(sorted(ids)) for block, ids in protected.items() if ids}
     return Plan(count, limits.experts, keep, tuple(blind), shown)
 
 
-def _best(block: str, score_E: Array, count: int, groups: int, protected: frozenset[int]) -> tuple[int, ...]:
-    experts = len(score_E)
+def _best(block: str, score_E: Array, count: int, limits: Limits, protected: frozenset[int]) -> tuple[int, ...]:
+    """The best of each group; of experts that share a tensor, the sum counts, and one protects the others."""
+    experts, groups, run = len(score_E), limits.groups, limits.run
     if not np.isfinite(score_E).all():
         raise UsageError(f"block {block} has a score that is not a finite number; score the model again")
     size, quota = _group_sizes(block, experts, count, groups)
     kept: list[int] = []
     for start in range(0, experts, size):
-        members = range(start, start + size)
-        guarded = sum(j in protected for j in members)
-        if guarded > quota:
+        firsts = range(start, start + size, run)
+        guards = {first for first in firsts if protected.intersection(range(first, first + run))}
+        if (guarded := run * len(guards)) > quota:
             where = f"group {start // size} of block {block}" if groups > 1 else f"block {block}"
             raise UsageError(
                 f"{guarded} experts are protected in {where} but only {quota} may stay; keep more or protect fewer"
             )
-        kept += sorted(members, key=lambda j: (j not in protected, -score_E[j], j))[:quota]
+        order = sorted((first not in guards, -score_E[first : first + run].sum(), first) for first in firsts)
+        kept += [first + i for *_, first in order[: quota // run] for i in range(run)]
     return tuple(sorted(kept))
 
 
-def _evenly_spaced(block: str, experts: int, count: int, groups: int) -> tuple[int, ...]:
-    size, quota = _group_sizes(block, experts, count, groups)
-    return tuple(start + i * size // quota for start in range(0, experts, size) for i in range(quota))
+def _evenly_spaced(block: str, experts: int, count: int, limits: Limits) -> tuple[int, ...]:
+    size, quota = _group_sizes(block, experts, count, limits.groups)
+    run, chosen = limits.run, quota // limits.run
+    firsts = [start + i * (size // run) // chosen * run for start in range(0, experts, size) for i in range(chosen)]
+    return tuple(first + i for first in firsts for i in range(run))
 
 
 def _group_sizes(block: str, experts: int, count: int, groups: int) -> tuple[int, int]:

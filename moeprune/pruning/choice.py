@@ -52,7 +52,7 @@ def without(layout: Layout, gone: Collection[str]) -> Layout:
 def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout, gone: Collection[str]) -> Choice:
     """The keep-lists of all blocks; those whose tensors are `gone` are no longer in the layout."""
     blocks = layout.blocks
-    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
     if settings.plan:
         choice = _from_plan(settings, layout, limits)
     else:

@@ -152,3 +152,22 @@ def test_blocks_without_scores_keep_evenly_spaced_experts():
 def test_a_score_that_is_not_a_number_is_refused():
     with pytest.raises(UsageError, match="not a finite number"):
         make_plan({"b": np.array([1.0, np.nan, 0.0])}, 2, Limits(3, 1))
+
+
+@pytest.mark.parametrize("groups", (1, 2))
+def test_experts_that_share_a_tensor_stay_or_go_together(groups):
+    limits = Limits(12, 2, groups, groups, run=2)
+    assert keep_count(limits, ratio=0.4) == 8  # 8 of 12; in two groups 4 each
+    scores_E = np.random.default_rng(0).random(12)
+    keep = make_plan({"a": scores_E}, 8, limits, {"a": (3,)}, {"b": 12}).keep
+    size = 12 // groups
+    runs = [range(first, first + 2) for first in range(0, 12, 2)]
+    allowed = [
+        {e for run in chosen for e in run}
+        for chosen in itertools.combinations(runs, 4)
+        if all(sum(run[0] // size == g for run in chosen) == 4 // groups for g in range(groups))
+    ]
+    assert set(keep["a"]) == max((s for s in allowed if 3 in s), key=lambda s: scores_E[list(s)].sum())
+    assert set(keep["b"]) in allowed
+    with pytest.raises(UsageError, match="stay or go together"):
+        check_count(9, Limits(12, 2, run=2))
