@@ -65,7 +65,7 @@ def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
         },
         "calibration": {"tokens": tokens, "source": tokens_source},
         "rates": asdict(rates),
-        "reap": asdict(forecast.scoring(weights, tokens, settings.hidden_memory, rates)) if scores_here else None,
+        "reap": asdict(forecast.scoring(weights, tokens, forecast.room_of(settings), rates)) if scores_here else None,
         "cuts": cuts,
         "warnings": console.warnings(),
     }

@@ -153,7 +153,7 @@ class Settings:
     bad_images: int = setting(0, int, "reap", "calibration images that may be missing or damaged before the run ends")
     max_samples: int = setting(512, positive, "plan reap", "calibration samples to use at most")
     max_seq_len: int = setting(2048, positive, "plan reap preview test", "tokens in a sequence at most")
-    batch_size: int = setting(8, positive, "reap preview test", "sequences that run together")
+    batch_size: int = setting(8, positive, "plan reap preview test", "sequences that run together")
     scoring_mode: str = setting(
         "routed", one_of("routed", "full", "router"), "reap", "what is measured: routed (REAP) | full | router"
     )

@@ -23,6 +23,7 @@ from moeprune.settings import Settings
 ASSUMED_FLOPS = {"cpu": 0.2e12, "cuda": 50e12}  # useful operations per second; a server CPU, a data centre GPU
 TORCH_MEMORY = 700_000_000  # bytes; the interpreter with torch and transformers
 JUDGE_MARGIN = 1.3  # of two loaded models: activations, caches and logits beside the weights
+BATCH_WIDTHS = 12  # vectors of the hidden width that a token of the running batch takes; rough, measured on one model
 CUT_PASSES = 4  # times the result's bytes go through the disk: read, written, and both read again for the proof
 
 
@@ -124,20 +125,34 @@ def weigh(checkpoint: Checkpoint, layout: Layout, *, each_bytes: int, hidden: in
     )
 
 
-def scoring(weights: Weights, tokens: int, hidden_memory: int, rates: Rates) -> Need:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a stream may take beside its weights."""
+
+    hidden_memory: int
+    batch_tokens: int
+
+
+def room_of(settings: Settings) -> Room:
+    """The room that the settings give."""
+    return Room(settings.hidden_memory, settings.batch_size * settings.max_seq_len)
+
+
+def scoring(weights: Weights, tokens: int, room: Room, rates: Rates) -> Need:
     """Stage 1: one layer computes, the next one is read, the hidden states of all tokens wait.
 
     On a CPU a layer lies in memory as stored and as it computes (twice while experts are stacked from dequantized
     ones). A saved state holds the hidden states once more, and the one before it until the new one is whole.
     """
-    waiting = int(tokens * weights.hidden * weights.compute_bytes)
+    state = weights.hidden * weights.compute_bytes
+    waiting, running = int(tokens * state), int(BATCH_WIDTHS * min(tokens, room.batch_tokens) * state)
     layer = weights.layer_in_memory * (2 if weights.quantized else 1)
-    held = 2 * weights.layer_bytes + layer + weights.outside_in_memory
+    held = 2 * weights.layer_bytes + layer + weights.outside_in_memory + running
     return Need(
-        memory_bytes=TORCH_MEMORY + held + min(waiting, hidden_memory),
-        disk_bytes=max(0, waiting - hidden_memory) + 2 * waiting,
+        memory_bytes=TORCH_MEMORY + held + min(waiting, room.hidden_memory),
+        disk_bytes=max(0, waiting - room.hidden_memory) + 2 * waiting,
         time_s=_compute_s(weights, tokens, rates) + weights.total_bytes / rates.read_bytes,
-        gpu_memory_bytes=weights.outside_in_memory + 2 * weights.layer_in_memory,
+        gpu_memory_bytes=weights.outside_in_memory + 2 * weights.layer_in_memory + running,
     )
 
 
@@ -152,15 +167,15 @@ def cutting(weights: Weights, kept: int, rates: Rates, *, base_bytes: int, bytes
     return Need(memory, after, CUT_PASSES * after / rates.read_bytes)
 
 
-def judging(weights: Weights, kept: int, tokens: int, hidden_memory: int, rates: Rates) -> tuple[Need, Need]:
+def judging(weights: Weights, kept: int, tokens: int, room: Room, rates: Rates) -> tuple[Need, Need]:
     """Stage 3 with both models loaded, and streamed where they do not fit. The time leaves generation out.
 
     Streamed, the last hidden states of the parent wait beside those of the pruned model.
     """
     both = weights.total_bytes + weights.after_bytes(kept)
     time_s = 2 * _compute_s(weights, tokens, rates) + both / rates.read_bytes
-    streamed = scoring(weights, 2 * tokens, hidden_memory, rates)
-    spilled = max(0, int(2 * tokens * weights.hidden * weights.compute_bytes) - hidden_memory)
+    streamed = scoring(weights, 2 * tokens, room, rates)
+    spilled = max(0, int(2 * tokens * weights.hidden * weights.compute_bytes) - room.hidden_memory)
     loaded = Need(TORCH_MEMORY + int(JUDGE_MARGIN * both), 0, time_s, int(JUDGE_MARGIN * both))
     return loaded, replace(streamed, disk_bytes=spilled, time_s=time_s)
 
@@ -195,7 +210,7 @@ def variant(settings: Settings, layout: Layout, weights: Weights, rates: Rates, 
     except UsageError as error:
         return {"asked": asked, "kept": None, "why_not": str(error)}
     cut = cutting(weights, choice.count, rates, base_bytes=work.base_bytes, bytes_per_tensor=work.bytes_per_tensor)
-    loaded, streamed = judging(weights, choice.count, work.judged_tokens, settings.hidden_memory, rates)
+    loaded, streamed = judging(weights, choice.count, work.judged_tokens, room_of(settings), rates)
     return {
         "asked": asked,
         "kept": choice.count,

@@ -18,7 +18,7 @@ from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.checkpoint.outline import open_outline
 from moeprune.errors import InputError, MachineError, UsageError
 from moeprune.planning import forecast
-from moeprune.planning.forecast import Rates
+from moeprune.planning.forecast import Rates, Room
 from moeprune.settings import resolve
 from tests import handmade, tiny
 from tests.pruning import cutting
@@ -154,8 +154,8 @@ def test_hidden_states_fill_memory_and_then_the_disk(tmp_path):
     checkpoint = open_checkpoint(model(tmp_path / "full"))
     layout = plan.understand(checkpoint)
     weights = plan.weights_of(resolve("plan", [], {}), checkpoint, layout)
-    little, much = (forecast.scoring(weights, tokens, 10_000_000, RATES) for tokens in (10_000, 100_000))
-    assert little.memory_bytes - forecast.scoring(weights, 0, 0, RATES).memory_bytes == 10_000 * H * 2
+    little, much = (forecast.scoring(weights, tokens, Room(10_000_000, 100), RATES) for tokens in (10_000, 100_000))
+    assert little.memory_bytes - forecast.scoring(weights, 100, Room(0, 100), RATES).memory_bytes == 10_000 * H * 2
     assert little.disk_bytes == 2 * 10_000 * H * 2  # two saved states, nothing spilled
     assert much.memory_bytes - little.memory_bytes == 10_000_000 - 10_000 * H * 2
     assert much.disk_bytes == 100_000 * H * 2 - 10_000_000 + 2 * 100_000 * H * 2
