@@ -77,10 +77,14 @@ def planned(
     samples = samples_by_domain(calibration)
     try:
         limits = Limits(model["experts"], model["top_k"], model["groups"], model["top_groups"], model.get("run", 1))
+    except KeyError as missing:
+        console.warn(f"no plan was made: the runs do not say {missing} of their model")
+        return None
+    try:
         unscored = {name: limits.experts for name in (run.get("plan") or {}).get("keep", {}) if name not in scored}
-        count = choose_count(settings, limits, model["model_type"]).count
+        count = choose_count(settings, limits, model.get("model_type", "")).count
         made = decide(settings, sums, count, limits, unscored=unscored, samples=samples)
-    except (UsageError, KeyError) as error:
+    except UsageError as error:
         console.warn(f"no plan was made: {error}")
         return None
     for line in made.sentences():
