@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moeprune.errors import UsageError
 
@@ -32,15 +33,34 @@ STAGES = {
 
 def ratio(text: str) -> float:
     """A share of at least 0 and below 1."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value < 1:
         raise ValueError("must be at least 0 and below 1")
     return value
 
 
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("write a whole number") from None
+
+
+def number(text: str) -> float:
+    """A number; nan is none, for no limit would ever fail against it."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("write a number") from None
+    if math.isnan(value):
+        raise ValueError("write a number")
+    return value
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise ValueError("must be 1 or more")
     return value
@@ -110,7 +130,7 @@ class Settings:
         "plan reap preview test",
         "compute in this type; auto: the checkpoint's",
     )
-    seed: int = setting(42, int, "reap prune preview test batch", "seed of every random choice")
+    seed: int = setting(42, whole, "reap prune preview test batch", "seed of every random choice")
     force: bool = setting(
         False, switch, "reap prune preview test combine", "do it again although the result is current"
     )
@@ -150,7 +170,7 @@ class Settings:
     image_pixels: int = setting(
         1_000_000, positive, "reap", "larger calibration images are scaled down to this many pixels"
     )
-    bad_images: int = setting(0, int, "reap", "calibration images that may be missing or damaged before the run ends")
+    bad_images: int = setting(0, whole, "reap", "calibration images that may be missing or damaged before the run ends")
     max_samples: int = setting(512, positive, "plan reap", "calibration samples to use at most")
     max_seq_len: int = setting(2048, positive, "plan reap preview test", "tokens in a sequence at most")
     batch_size: int = setting(8, positive, "plan reap preview test", "sequences that run together")
@@ -162,7 +182,7 @@ class Settings:
     )
 
     prune_ratio: float = setting(0.5, ratio, "plan reap prune", "share of the experts to remove in each layer")
-    keep: int = setting(0, int, "plan prune", "experts to keep in each layer; beats the ratio; 0: unset")
+    keep: int = setting(0, whole, "plan prune", "experts to keep in each layer; beats the ratio; 0: unset")
     target_size: int = setting(
         0, amount, "plan prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset"
     )
@@ -202,7 +222,7 @@ class Settings:
 
     read_rate: int = setting(1_000_000_000, amount, "plan", "bytes per second of the disk, for times in the forecast")
     compute_rate: float = setting(
-        0.0, float, "plan", "TFLOP/s for times in the forecast; 0: an earlier run's, else an assumption"
+        0.0, number, "plan", "TFLOP/s for times in the forecast; 0: an earlier run's, else an assumption"
     )
 
     evaluation_path: str = setting("", str, "preview test", "held-out data to judge on; empty: the built-in set")
@@ -222,15 +242,17 @@ class Settings:
     )
     max_new_tokens: int = setting(96, positive, "test batch", "tokens to generate for a prompt at most")
     max_kl: float = setting(
-        0.8, float, "preview test", "fail above this mean KL divergence to the parent, nats per token"
+        0.8, number, "preview test", "fail above this mean KL divergence to the parent, nats per token"
     )
     max_loss_increase: float = setting(
-        1.0, float, "preview test", "fail above this increase of the loss, nats per token"
+        1.0, number, "preview test", "fail above this increase of the loss, nats per token"
     )
     min_same_top: float = setting(
-        0.5, float, "test", "fail below this share of tokens with the parent's most likely one"
+        0.5, number, "test", "fail below this share of tokens with the parent's most likely one"
     )
-    max_broken: float = setting(0.2, float, "test", "fail when this share of texts is broken beyond the parent's share")
+    max_broken: float = setting(
+        0.2, number, "test", "fail when this share of texts is broken beyond the parent's share"
+    )
     judge_memory: int = setting(
         0, amount, "test", "memory for loaded models; beyond it they are streamed; 0: what is free"
     )
@@ -244,14 +266,14 @@ class Settings:
     api: str = setting(
         "chat", one_of("chat", "completions"), "test batch", "what the server is asked: chat | completions"
     )
-    temperature: float = setting(0.0, float, "batch", "0 takes the most likely token")
+    temperature: float = setting(0.0, number, "batch", "0 takes the most likely token")
     concurrency: int = setting(8, positive, "test batch", "prompts that are asked at the same time")
-    request_timeout: float = setting(600.0, float, "test batch", "seconds to wait for a byte of an answer")
+    request_timeout: float = setting(600.0, number, "test batch", "seconds to wait for a byte of an answer")
     attempts: int = setting(8, positive, "test batch", "tries for a prompt; the pauses between them grow to 30 s")
 
     serve_host: str = setting("127.0.0.1", str, "serve", "address to serve at; 0.0.0.0: all of this machine's")
     serve_port: int = setting(8000, positive, "serve", "port to serve at")
-    serve_timeout: float = setting(1800.0, float, "serve", "seconds to wait until the server answers")
+    serve_timeout: float = setting(1800.0, number, "serve", "seconds to wait until the server answers")
     serve_image: str = setting("", str, "serve", "image with vLLM; empty: NVIDIA's")
     serve_python: str = setting("", str, "serve", "interpreter with vLLM, for serving without a container")
 
@@ -300,13 +322,20 @@ def read_dotenv(path: Path) -> dict[str, str]:
     """The names and values of an `.env` file; a line that programs would read differently is refused."""
     if not path.exists():
         return {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read as text ({error}); make it a UTF-8 file such as .env.example"
+        ) from None
+    if lines and lines[0].startswith("\ufeff"):
+        raise UsageError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
+    for at, line in enumerate(lines, start=1):
         if line.strip() and not line.startswith("#") and not DOTENV_LINE.fullmatch(line):
-            raise UsageError(f"{path}:{number}: write NAME=value, without quotes, spaces, $ or a comment behind it")
+            raise UsageError(f"{path}:{at}: write NAME=value, without quotes, spaces, $ or a comment behind it")
     try:
         from dotenv import dotenv_values
     except ModuleNotFoundError:  # doctor and serve run before the set-up; any reader agrees on the lines that got here
-        lines = path.read_text(encoding="utf-8").splitlines()
         pairs = (line.split("=", 1) for line in lines if line.strip() and not line.startswith("#"))
         return {name: value for name, value in pairs if value}
     return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
@@ -337,9 +366,21 @@ def resolve(
     return Settings(**chosen, origin=origin)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the flag that was probably meant, instead of listing all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        words = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
+        guess = next(
+            (near for word in words if word not in flags for near in difflib.get_close_matches(word, flags, 1)), ""
+        )
+        raise UsageError(f"{message}; " + (f"did you mean {guess}?" if guess else "--help lists the flags"))
+
+
 def parser(stage: str) -> argparse.ArgumentParser:
     """The command line of one stage, made from the table."""
-    made = argparse.ArgumentParser(description=STAGES[stage], allow_abbrev=False)
+    made = _Parser(description=STAGES[stage], allow_abbrev=False)
     for f in FIELDS:
         if stage in f.metadata["stages"] and not f.metadata["secret"]:
             text = f"{f.metadata['help']} [{env_name(f)}, default {shown_default(f) or 'none'}]".replace("%", "%%")

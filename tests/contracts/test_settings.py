@@ -56,6 +56,39 @@ def test_dotenv_is_read_the_same_before_the_set_up(dotenv, monkeypatch):
     assert read_dotenv(dotenv) == with_library == {"REAP_MODEL_PATH": "/a/b=c", "REAP_SEED": "3", "HF_TOKEN": "hf_x"}
 
 
+@pytest.mark.parametrize("content", [b"REAP_SEED=\xff\n", b"\xef\xbb\xbfREAP_SEED=1\n"])
+def test_a_dotenv_that_is_no_plain_utf8_is_refused(dotenv, content):
+    dotenv.write_bytes(content)
+    with pytest.raises(UsageError, match="UTF-8"):
+        read_dotenv(dotenv)
+
+
+def test_a_dotenv_that_is_a_folder_is_refused(dotenv):
+    dotenv.mkdir()
+    with pytest.raises(UsageError, match="directory"):
+        read_dotenv(dotenv)
+
+
+def test_a_dotenv_from_windows_is_read(dotenv):
+    dotenv.write_bytes(b"REAP_SEED=7\r\nREAP_BATCH_SIZE=2\r\n")
+    assert read_dotenv(dotenv) == {"REAP_SEED": "7", "REAP_BATCH_SIZE": "2"}
+
+
+def test_a_misspelt_flag_ends_in_one_line_with_a_suggestion(dotenv):
+    with pytest.raises(UsageError, match=r"--prune-ratoi=1; did you mean --prune-ratio\?"):
+        resolve("prune", ["--prune-ratoi=1"], {}, dotenv)
+    with pytest.raises(UsageError, match="--help lists the flags"):
+        resolve("prune", ["--seed"], {}, dotenv)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("REAP_SEED", "1.5"), ("REAP_MAX_KL", "x"), ("REAP_MAX_KL", "nan"), ("REAP_PRUNE_RATIO", "nan")]
+)
+def test_numbers_are_numbers(dotenv, name, text):
+    with pytest.raises(UsageError, match=rf"{name}: '{text}': write a (whole )?number"):
+        resolve("test", [], {name: text}, dotenv)
+
+
 @pytest.mark.parametrize("place", ["environment", "dotenv"])
 def test_a_misspelt_name_is_refused_with_a_suggestion(dotenv, place):
     name = "REAP_PRUNE_RATOI"
@@ -74,7 +107,7 @@ def test_secrets_stay_out_of_results_and_command_lines(dotenv):
     found = resolve("reap", [], {"HF_TOKEN": "hf_canary"}, dotenv)
     assert found.hf_token == "hf_canary"
     assert "hf_canary" not in json.dumps(found.public())
-    with pytest.raises(SystemExit):  # a flag would show in the list of processes
+    with pytest.raises(UsageError, match="unrecognized"):  # a flag would show in the list of processes
         resolve("reap", ["--hf-token", "x"], {}, dotenv)
 
 
