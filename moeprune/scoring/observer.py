@@ -94,6 +94,9 @@ class Observer:
         """Start empty sums for the blocks of this layer."""
         for site in self.sites:
             if site.layer == layer:
+                if site.block.name in self.done:  # summing anew would forget what went before
+                    name = type(self.stream.model).__name__
+                    raise InputError(f"{name} comes to {layer} a second time; it cannot be scored layer by layer")
                 self._tallies[site.path] = Tally(site.block.experts, len(self.domains), self.stream.device)
 
     def layer_ends(self, layer: str) -> None:

@@ -31,6 +31,7 @@ from moeprune.settings import Settings
 
 Result = TypeVar("Result")
 Forward = Callable[[PreTrainedModel], Result]
+TOWERS = ("vision", "visual", "audio")  # in the names of the parts that make tokens of images and sounds
 
 
 class _Left(BaseException):
@@ -205,10 +206,15 @@ class LayerStream:
 
 
 def find_layers(model: PreTrainedModel) -> dict[str, Module]:
-    """Every decoder, encoder and vision layer in the order of the model; outermost ones only."""
+    """Every decoder, encoder and tower layer in the order in which they run; outermost ones only.
+
+    Models list their parts in any order. Images and sounds are seen before the text that they stand in is read: texts
+    must wait for them, or the text layers would be passed twice.
+    """
     layers: dict[str, Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(layer + ".") for layer in layers)
         if isinstance(module, GradientCheckpointingLayer) and not inside:
             layers[name] = module
-    return layers
+    towers = [name for name in layers if any(word in name for word in TOWERS)]
+    return {name: layers[name] for name in [*towers, *layers]}
