@@ -253,6 +253,9 @@ class Settings:
     max_broken: float = setting(
         0.2, number, "test", "fail when this share of texts is broken beyond the parent's share"
     )
+    lm_eval: str = setting(
+        "", str, "test", "tasks of lm-eval to run on both models, comma separated, if it is installed"
+    )
     judge_memory: int = setting(
         0, amount, "test", "memory for loaded models; beyond it they are streamed; 0: what is free"
     )

@@ -16,7 +16,7 @@ from moeprune.settings import Settings
 RECIPES = {"pruning.json": "pruned_model", "reap_metadata.json": "reap_metadata"}
 SHAPING = ("seed", "dtype", "device", "max_seq_len", "evaluation_samples", "generations", "max_new_tokens", "max_kl",
            "max_loss_increase", "min_same_top", "max_broken", "judge_memory", "endpoint", "parent_endpoint",
-           "served_model", "api")  # fmt: skip
+           "served_model", "api", "lm_eval")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune import console, metadata
-from moeprune.checking import model_card, report
+from moeprune.checking import lm_eval, model_card, report
 from moeprune.checking.case import Case, find, fingerprint
 from moeprune.errors import ResultError, UsageError
 from moeprune.settings import Settings
@@ -17,6 +17,7 @@ def main(settings: Settings) -> None:
     """Judge the pruned model; stdout gets the path of the result, a failed check ends in exit code 5."""
     if settings.parent_endpoint and not settings.endpoint:
         raise UsageError("--parent-endpoint needs --endpoint, the server of the pruned model")
+    lm_eval.check(settings)
     case = None if settings.endpoint else find(settings)
     target = settings.output_path / f"{KIND}.json"
     key = fingerprint(case, settings)
@@ -30,6 +31,8 @@ def main(settings: Settings) -> None:
         from moeprune.checking.judge import judge
 
         result = judge(case, settings, key)
+        if case and settings.lm_eval:
+            result["lm_eval"] = lm_eval.run(case, settings)
         metadata.write_json(target, result)
         report.write(settings.output_path)
         _write_card(case, result)
@@ -56,3 +59,5 @@ def show(result: dict[str, Any]) -> None:
     for check in result["checks"]:
         mark = "warning" if check["warning"] and check["status"] == "pass" else check["status"]
         console.say(f"{mark:>10}  {check['name']}: {check['reason']}")
+    for line in lm_eval.lines(result.get("lm_eval", {})):
+        console.say(line)

@@ -198,15 +198,13 @@ class Work:
 
 def variant(settings: Settings, layout: Layout, weights: Weights, rates: Rates, work: Work) -> dict[str, Any]:
     """One cut: its size, who can serve it, and what stages 2 and 3 take; or why it is not possible."""
-    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups)
+    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
     fixed = weights.after_bytes(0)
     asked = {name: getattr(settings, name) for name in ("prune_ratio", "keep", "target_size")}
     try:
         choice = choose_count(
             settings, limits, layout.model_type, fixed_bytes=fixed, bytes_per_expert=weights.each_bytes
         )
-        if choice.count % layout.run:
-            raise UsageError(f"experts go only in runs of {layout.run} neighbours, and {choice.count} stay")
     except UsageError as error:
         return {"asked": asked, "kept": None, "why_not": str(error)}
     cut = cutting(weights, choice.count, rates, base_bytes=work.base_bytes, bytes_per_tensor=work.bytes_per_tensor)
