@@ -43,9 +43,23 @@ def read_jsonl(path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", _row(json.loads(line), f"{path}:{number}")
+            row = _row(json.loads(line), f"{path}:{number}")
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{path}:{number}: broken JSON: {error}; mend or remove this line") from None
+        if "\\u" in line and _has_half_character(row):
+            raise InputError(
+                f"{path}:{number}: a \\uD800 to \\uDFFF without its pair is no text; mend or remove this line"
+            )
+        yield f"{path}:{number}", row
+
+
+def _has_half_character(value: Any) -> bool:
+    """Whether JSON escapes gave one half of a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def read_json(path: Path) -> Rows:
@@ -63,6 +77,8 @@ def read_json(path: Path) -> Rows:
             yield from read_jsonl(path)
             return
         raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+    if _has_half_character(data):
+        raise InputError(f"{path}: a \\uD800 to \\uDFFF without its pair is no text; mend or remove it")
     if isinstance(data, dict):
         lists = [value for value in data.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         data = lists[0] if len(lists) == 1 and "messages" not in data else [data]

@@ -159,6 +159,8 @@ def test_many_prompt_files_are_one_domain(tmp_path):
         ("x.jsonl", '{"text": "a"}\n[1]\n', "x.jsonl:2: a list"),
         ("x.jsonl", b'{"text": "\xff"}\n', "x.jsonl:1: not UTF-8"),
         ("x.jsonl", "[" * 100_000, "x.jsonl:1: broken JSON"),
+        ("x.jsonl", '{"text": "a"}\n{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "x.jsonl:2: .*no text"),
+        ("x.json", '[{"text": "\\ud83d"}]', "x.json: .*no text"),
         ("x.jsonl", "", "no samples"),
         ("x.jsonl", '{"text": ""}', "none|no samples"),
         ("x.jsonl", '{"id": 1, "label": 2}', "x.jsonl:1: no usable column among 'id', 'label'"),
