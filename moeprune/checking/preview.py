@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeprune import console, metadata
+from moeprune import VERSION, console, metadata
 from moeprune.checking import fidelity, report, samples, subject
 from moeprune.checking.streamed import Streamed
 from moeprune.checkpoint.families import Layout, understand
@@ -26,7 +26,7 @@ from moeprune.settings import Settings, ratio
 
 KIND = "preview"
 SHAPING = ("dtype", "seed", "max_seq_len", "evaluation_samples", "ratios", "metrics", "metric", "blend", "weights",
-           "protect", "max_kl", "max_loss_increase", "device")  # fmt: skip
+           "protect", "max_kl", "max_loss_increase", "device", "other_scores")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
     named = [settings.evaluation_path, *_names(settings.plans), str(scores)]
     files = [Path(name) for name in named if Path(name).is_file()]
     values = [str(getattr(settings, name)) for name in SHAPING]
-    key = metadata.digest(fingerprint(checkpoint), *values, *files)
+    key = metadata.digest(VERSION, fingerprint(checkpoint), *values, *files)
     if not settings.force and metadata.is_current(target, KIND, key):
         console.say(f"{target} is current; --force previews again")
     else:
@@ -93,7 +93,7 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> 
     scored = data["inputs"]["model"].get("fingerprint")
     if not settings.other_scores and scored != fingerprint(checkpoint):
         raise InputError(f"the scores in {path} were made on another model; run reap.py on it, or pass --other-scores")
-    sums = metadata.Sums.from_json(data["scores"])
+    sums = metadata.Sums.from_json(data.get("scores"))
     limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
     trunk = [block.name for block in layout.blocks if block.role == "trunk"]
     made = []
