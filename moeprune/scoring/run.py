@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -52,14 +53,15 @@ def score_experts(
     if state.layer is not None:
         observer.restore(state.sums())
     progress = LayerProgress(stream, calibration.batches, last, state.layer)
-    forwards = [forward(batch) for batch in calibration.batches]
+    seen = Pictures(stream, min(stream.order[site.layer] for site in observer.sites))
+    forwards = [forward(batch, seen) for batch in calibration.batches]
     with attached(observer):
-        stream.run(forwards, watchers=(observer, progress), until=last, state=state)
+        stream.run(forwards, watchers=(observer, progress, seen), until=last, state=state)
     state.remove()
     return observer.result()
 
 
-def forward(batch: Batch) -> Forward[None]:
+def forward(batch: Batch, pictures: Pictures | None = None) -> Forward[None]:
     """The forward of one batch."""
 
     def run(model: PreTrainedModel) -> None:
@@ -68,6 +70,8 @@ def forward(batch: Batch) -> Forward[None]:
         device = next(called.get_input_embeddings().parameters()).device
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
         inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        if pictures is not None:
+            pictures.shown += [value for value in (*batch.inputs.values(), *inputs.values()) if _is_picture(value)]
         called(**inputs, use_cache=False)
 
     return run
@@ -76,6 +80,34 @@ def forward(batch: Batch) -> Forward[None]:
 def entrance(model: PreTrainedModel) -> Any:
     """What takes token ids: the model itself, or the part of a model of several that thinks before it talks."""
     return model.get_submodule("thinker") if hasattr(model, "thinker") else model
+
+
+def _is_picture(value: torch.Tensor) -> bool:
+    return value.is_floating_point()  # everything else that a model gets is numbers of things
+
+
+class Pictures:
+    """Frees the pixels of all images once the first experts' layer begins: the vision tower has seen them by then.
+
+    Every waiting forward keeps its inputs to its end, so nobody else would.
+    """
+
+    def __init__(self, stream: LayerStream, first: int) -> None:
+        self.stream, self.first = stream, first
+        self.shown: list[torch.Tensor] = []
+
+    def batch_begins(self, batch: int) -> None:
+        """Nothing to free yet."""
+
+    def layer_begins(self, layer: str) -> None:
+        """The first layer with experts waits for the last batch, so every image has been seen."""
+        if self.stream.order[layer] >= self.first:
+            for tensor in self.shown:
+                tensor.data = tensor.new_empty(0)
+            self.shown.clear()
+
+    def layer_ends(self, _layer: str) -> None:
+        """Nothing to free."""
 
 
 class LayerProgress:
