@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune import console, errors
+from moeprune import VERSION, console, errors
 from moeprune.checking import report
 from moeprune.checkpoint.families import Layout, understand
 from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
-from moeprune.metadata import Sums, digest, header, is_current, read_result, to_text, write_json
+from moeprune.metadata import Sums, claimed, digest, header, is_current, read_result, to_text, write_json
 from moeprune.planning.decision import PLANNING, check_wishes, choose_count, decide, samples_by_domain
 from moeprune.planning.plan import Limits
 from moeprune.settings import FIELDS, Settings, resolve
@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
         console.say(f"{result} is current: same model, calibration and settings; --force scores again")
         plan_again(result, settings, layout)
     else:
-        write_json(result, score(settings, checkpoint, layout, made_from, begun))
+        with claimed(settings.output_path):
+            write_json(result, score(settings, checkpoint, layout, made_from, begun))
         report.write(settings.output_path)
     print(result)
 
@@ -49,7 +50,7 @@ def inputs_fingerprint(settings: Settings, checkpoint: Checkpoint) -> str:
     from moeprune.scoring.sources import request_digest
 
     values = {name: value for name, value in settings.public()["values"].items() if name in MEASURING}
-    return digest(fingerprint(checkpoint), request_digest(settings), to_text(values))
+    return digest(VERSION, fingerprint(checkpoint), request_digest(settings), to_text(values))
 
 
 def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from: str, begun: float) -> dict[str, Any]:
@@ -63,7 +64,8 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
     calibration = load_calibration(settings, tokenizer, read_config(checkpoint, settings))
     check_wishes(settings, limits_of(layout), layout.model_type, calibration.domains)
     scoring_begun = time.monotonic()
-    sums = score_experts(settings, checkpoint, layout, calibration, made_from)
+    resumable = digest(made_from, calibration.fingerprint, settings.device)  # the same bits need the same device
+    sums = score_experts(settings, checkpoint, layout, calibration, resumable)
     seconds = time.monotonic() - scoring_begun
     summarise(sums, calibration, seconds)
     plan = planned(settings, layout, sums, calibration.summary)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import json
 import math
@@ -14,7 +15,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprune import VERSION
-from moeprune.errors import InputError
+from moeprune.errors import InputError, MachineError
 
 SCHEMA_VERSION = "1.0"
+ROOM = 1_000_000  # bytes that must be free for results; those of small models take less
 Array = NDArray[np.float64]
 
 # What is summed per block, domain and expert. g gate value, f expert output, p router probability, x layer input;
@@ -218,6 +222,25 @@ def read_result(path: Path, kind: str) -> dict[str, Any]:
     if str(data.get("schema_version", "")).split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         raise InputError(f"{path} has schema version {data.get('schema_version')}; this tool reads {SCHEMA_VERSION}")
     return data
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A folder for results, proven before hours of work: it can be written, and no other run does so meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(ROOM))
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MachineError(
+                f"another run is writing in {folder}; wait for it or choose another --output-path"
+            ) from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def is_current(path: Path, kind: str, fingerprint: str) -> bool:

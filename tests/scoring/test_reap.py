@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -40,6 +41,18 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
 def first(inputs, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     output = tmp_path_factory.mktemp("first")
     return output, reap(output, "--model-path", str(inputs[0]), "--calibration-path", str(inputs[1]))
+
+
+def test_a_folder_that_cannot_take_the_result_is_refused_before_the_work(inputs, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken").mkdir()
+    taken = os.open(tmp_path / "taken", os.O_RDONLY)
+    fcntl.flock(taken, fcntl.LOCK_EX)
+    for name, message in {"file/inside": "Not a directory", "taken": "another run is writing"}.items():
+        done = reap(tmp_path, "--model-path", str(inputs[0]), "--output-path", name)
+        assert (done.returncode, len(done.stderr.splitlines())) == (4, 1), done.stderr
+        assert message in done.stderr
+    os.close(taken)
 
 
 def test_the_result_says_everything(first):
