@@ -56,7 +56,7 @@ def run(stage: Callable[[list[str]], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         stage(sys.argv[1:])
-        sys.stdout.flush()
+        print(end="", flush=True)  # sys.stdout is None where it was closed
         code = 0
     except BrokenPipeError:
         # The reader left; flushing at exit must not fail.

@@ -134,11 +134,12 @@ ENDS = {
     "raise MemoryError('hidden states')": (4, "error: out of memory"),
     "1 / 0": (1, "error: ZeroDivisionError"),
     "pass": (0, ""),
+    "sys.stdout = None; print(1)": (0, ""),
 }
 
 
 def test_each_end_of_a_stage_has_its_code_and_one_line():
-    program = "import os\nfrom moeprune import errors\ndef stage(argv):\n    {}\nerrors.run(stage)"
+    program = "import os, sys\nfrom moeprune import errors\ndef stage(argv):\n    {}\nerrors.run(stage)"
     started = {
         body: subprocess.Popen(
             [sys.executable, "-c", program.format(body)], cwd=ROOT, stderr=subprocess.PIPE, text=True
