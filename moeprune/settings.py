@@ -168,7 +168,10 @@ class Settings:
         "special tokens (begin of text, marks of roles) in the scores: count | skip",
     )
     image_pixels: int = setting(
-        1_000_000, positive, "reap", "larger calibration images are scaled down to this many pixels"
+        1_000_000,
+        positive,
+        "reap",
+        "larger calibration images are scaled down to this many pixels, up to 24 bytes each until all are seen",
     )
     bad_images: int = setting(0, whole, "reap", "calibration images that may be missing or damaged before the run ends")
     max_samples: int = setting(512, positive, "plan reap", "calibration samples to use at most")
