@@ -14,7 +14,7 @@ def main() -> None:
         model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, skip_tokenizer_init=not words
     )
     asked = prompts if words else [{"prompt_token_ids": tokens} for tokens in prompts]
-    outputs = engine.generate(asked, SamplingParams(temperature=0, max_tokens=6, ignore_eos=not words), use_tqdm=False)
+    outputs = engine.generate(asked, SamplingParams(temperature=0, max_tokens=6 if words else 1), use_tqdm=False)
     answers = [o.outputs[0].text if words else str(list(o.outputs[0].token_ids)) for o in outputs]
     print(json.dumps(dict(zip(map(str, prompts), answers, strict=True))))
 

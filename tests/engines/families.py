@@ -1,6 +1,6 @@
-"""Cut random models of the main families at sizes that vLLM accepts, and print what transformers continues with.
+"""Cut random models of the main families at sizes that vLLM accepts, and print the next token by transformers.
 
-python tests/engines/families.py FOLDER   ->   {"mixtral-cut": "[12, 7, ...]", ...}
+python tests/engines/families.py FOLDER   ->   {"mixtral": {"[5, 36, ...]": "[12]", ...}, "mixtral-cut": ...}
 """
 
 import json
@@ -27,7 +27,11 @@ FAMILIES = {
 
 
 # What the published configs say besides; vLLM reads it, transformers does not write it.
-PUBLISHED = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+PUBLISHED = {
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe": {"head_dim": 64},
+}
+PROMPTS = [[(7 * i * i + 31 * start) % 500 + 5 for i in range(9)] for start in range(8)]
 
 
 def as_published(folder: Path) -> Path:
@@ -38,8 +42,16 @@ def as_published(folder: Path) -> Path:
     return folder
 
 
+def next_tokens(folder: Path) -> dict[str, str]:
+    """Prompt -> the most likely next token."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(PROMPTS)).logits[:, -1]
+    return {str(p): str([int(t)]) for p, t in zip(PROMPTS, logits.argmax(-1), strict=True)}
+
+
 def main(folder: Path) -> None:
-    """Cut, load with transformers, continue five tokens."""
+    """Cut; then ask transformers about parents and cuts."""
     tokens = {}
     for family, more in FAMILIES.items():
         parent = as_published(tiny.make(family, folder / family, **(SIZES | more)))
@@ -49,12 +61,7 @@ def main(folder: Path) -> None:
         child = folder / f"{family}-cut"
         prune_model.main(["--model-path", str(parent), "--plan", str(folder / "plan.json"), "--pruned-output-path",
                           str(child), "--output-path", str(folder), "--force"])  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(child, dtype=torch.float32)
-        asked = torch.tensor([[5, 9, 17, 33, 65]])
-        made = model.generate(
-            asked, attention_mask=torch.ones_like(asked), max_new_tokens=6, min_new_tokens=6, do_sample=False
-        )
-        tokens[child.name] = str(made[0, 5:].tolist())
+        tokens |= {folder.name: next_tokens(folder) for folder in (parent, child)}
     print(json.dumps(tokens))
 
 
