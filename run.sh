@@ -31,6 +31,7 @@ Around the steps:
   build    build the container image
   shell    open a shell where the steps run
   check    linters, types and all tests
+  engines  vLLM, llama.cpp and MLX load a cut model and answer (environments of their own, several GB)
   help     this text
 
 Where a step runs: --docker, --native, or REAP_RUNTIME=docker|native|auto. auto (the default) takes Docker when it
@@ -48,7 +49,7 @@ die() {
 # setting NAME: from the environment, else from .env, which is read and never run.
 setting() {
   local from_file=""
-  [[ ! -f .env ]] || from_file=$(sed -n "s/^$1=//p" .env | tail -n 1)
+  [[ ! -f .env ]] || from_file=$(tr -d '\r' <.env | sed -n "s/^$1=//p" | tail -n 1)
   printf '%s' "${!1:-$from_file}"
 }
 
@@ -81,7 +82,10 @@ choose_runtime() {
 # set_up REQUIREMENTS: sets `python` to REAP_PYTHON as it is, else to a .venv that holds the requirements.
 set_up() {
   python=$(setting REAP_PYTHON)
-  [[ -z $python ]] || return 0
+  if [[ -n $python ]]; then
+    command -v "$python" >/dev/null || die "REAP_PYTHON names no program: $python; leave it empty for a .venv set up here"
+    return 0
+  fi
   python=.venv/bin/python
   local stamp=.venv/set-up-$1 wanted
   wanted=$(cat requirements.txt "$1" | cksum)
@@ -234,6 +238,7 @@ step() {
 
 demo() { # every path is given, so that no setting of the user can point it elsewhere
   local in=(--model-path demo/model --output-path output/demo) pruned=(--pruned-output-path output/demo/pruned) status=0
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so small a model only waits for a second thread
   step reap python reap.py "${in[@]}" --calibration-path demo/calibration.jsonl
   step prune python prune_model.py "${in[@]}" "${pruned[@]}" --prune-ratio 0.5
   step test python test_pruned_model.py "${in[@]}" "${pruned[@]}" --evaluation-path demo/evaluation.jsonl || status=$?
@@ -311,6 +316,10 @@ main() {
       ;;
     demo) [[ $# -eq 0 ]] || die "demo takes no arguments" && demo ;;
     check) check "$@" ;;
+    engines)
+      set_up requirements-dev.txt
+      "$python" tests/engines/run.py "$@"
+      ;;
     build)
       compose_environment
       build "$@"

@@ -1,8 +1,8 @@
 """Real serving engines load what the cut wrote, and answer: vLLM, llama.cpp and MLX, each in an environment of its own.
 
-    python tests/engines/run.py [vllm] [llama.cpp] [mlx]
+    ./run.sh engines [vllm] [llama.cpp] [mlx]
 
-Run it with the project's interpreter (.venv/bin/python). It makes the environments in .engines/ (several GB, minutes;
+It makes the environments in .engines/ (several GB, minutes;
 later runs skip that), cuts the demo model in the form that each engine reads, and compares answers. Not part of
 `./run.sh check`: too heavy for every change. Exit status 1 when an engine does not load or answers something else.
 """
