@@ -68,7 +68,7 @@ def command(model: Path, settings: Settings, output: Path) -> list[str]:
 def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The metrics of one task; lm-eval writes N/A where it has no standard error."""
     for name, value in results.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "sample_len":
             yield name, float(value)
 
 

@@ -30,9 +30,9 @@ def main(settings: Settings) -> None:
     else:
         from moeprune.checking.judge import judge
 
-        result = judge(case, settings, key)
-        if case and settings.lm_eval:
-            result["lm_eval"] = lm_eval.run(case, settings)
+        # First, so that a misspelt task ends the stage before the long part.
+        tasks = {"lm_eval": lm_eval.run(case, settings)} if case and settings.lm_eval else {}
+        result = judge(case, settings, key) | tasks
         metadata.write_json(target, result)
         report.write(settings.output_path)
         _write_card(case, result)

@@ -23,7 +23,7 @@ model = given["--model_args"].split(",")[0].removeprefix("pretrained=")
 folder = pathlib.Path(given["--output_path"], "some__model")
 folder.mkdir()
 score = 0.5 if model.endswith("parent") else 0.25
-results = {"sums": {"alias": "sums", "acc,none": score, "acc_stderr,none": "N/A"}}
+results = {"sums": {"alias": "sums", "sample_len": 4, "acc,none": score, "acc_stderr,none": "N/A"}}
 (folder / "results_2026.json").write_text(json.dumps({"results": results, "lm_eval_version": "0.4.13"}))
 pathlib.Path(model + ".words").write_text(json.dumps(words))
 """
