@@ -153,15 +153,24 @@ def _shards(root: Path, files: list[Path], index: Mapping[str, Any] | None) -> t
     copies = {file for file in here if file.name.startswith("consolidated")}
     if len(copies) < len(here):  # a second copy in the vendor's own naming; of use only when it is the only one
         here = [file for file in here if file not in copies]
-    named = _named_by(index) if index is not None else []
+    named = _named_by(index) if index is not None else _numbered_with(here)
     missing = [name for name in named if Path(name) not in files]
     if missing:
         raise InputError(
-            f"{root}: {len(missing)} shard(s) of the index are missing, first {missing[0]}; fetch them again"
+            f"{root}: {len(missing)} shard(s) of the model are missing, first {missing[0]}; fetch them again"
         )
     if not here:
         raise InputError(f"{root} holds no *.safetensors file; save the model with save_pretrained first")
     return tuple(root / name for name in dict.fromkeys([*named, *(file.name for file in here)]))
+
+
+def _numbered_with(files: list[Path]) -> list[str]:
+    """Where there is no index, the names of the shards tell how many there are: model-00001-of-00004.safetensors."""
+    names = set()
+    for file in files:
+        if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.safetensors)", file.name):
+            names |= {f"{match[1]}{at:05}-of-{match[3]}{match[4]}" for at in range(1, int(match[3]) + 1)}
+    return sorted(names)
 
 
 def _named_by(index: Mapping[str, Any]) -> list[str]:

@@ -54,6 +54,14 @@ def test_side_files_and_second_copies_are_told_apart(folder):
     assert {file.as_posix() for file in checkpoint.other_weights} == {"original/model.safetensors", "pytorch_model.bin"}
 
 
+def test_a_missing_shard_is_noticed_without_an_index(folder):
+    (folder / INDEX).unlink()
+    assert len(open_checkpoint(folder).tensors) == 4
+    sorted(folder.glob("model-*-of-*.safetensors"))[-1].unlink()
+    with pytest.raises(InputError, match=r"1 shard.* missing, first model-00002-of-00002"):
+        open_checkpoint(folder)
+
+
 def test_a_sidecar_outside_the_index_is_found(folder):
     handmade.shard(folder / "scales.safetensors", {"s": ("F32", [3])}, {"made": "later"})
     checkpoint = open_checkpoint(folder)
