@@ -70,6 +70,18 @@ def place(tmp_path):
     return made
 
 
+def test_an_interpreter_that_is_not_there_is_said(place):
+    done = place.run("prune", REAP_PYTHON="/no/python")
+    assert done.returncode == 2
+    assert "REAP_PYTHON names no program: /no/python" in done.stderr
+
+
+def test_dotenv_from_windows(place):
+    (place.folder / ".env").write_bytes(b"REAP_RUNTIME=native\r\n")
+    assert place.run("prune").returncode == 0
+    assert place.calls("interpreter") == ["prune_model.py"]
+
+
 def test_help_lists_every_command(place):
     done = place.run("help")
     assert done.returncode == 0
