@@ -107,7 +107,7 @@ def _from_scores(
         raise InputError(f"no scores at {path}; run reap.py on the model first, or give a plan with --plan")
     data = metadata.read_result(path, "reap_metadata")
     _check_same_model(settings, checkpoint, data, path)
-    sums = metadata.Sums.from_json(data["scores"])
+    sums = metadata.Sums.from_json(data.get("scores", {}))
     if checkpoint.container == "gguf":
         sums = _by_layer(sums, blocks)
     _check_same_blocks(sums, blocks, path)

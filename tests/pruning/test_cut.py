@@ -249,6 +249,10 @@ def test_scores_of_another_model(parent: Path, tmp_path: Path) -> None:
         prune_model.main(flags)
     prune_model.main([*flags, "--other-scores"])
     assert (tmp_path / "other-reap-4of8").is_dir()
+    path = tmp_path / "reap_metadata.json"
+    path.write_text(json.dumps({name: v for name, v in json.loads(path.read_text()).items() if name != "scores"}))
+    with pytest.raises(InputError, match="scores are damaged"):
+        prune_model.main([*flags, "--other-scores"])
 
 
 def test_folders_in_use_are_refused(parent: Path, tmp_path: Path) -> None:
