@@ -21,6 +21,7 @@ from moeprune.planning import forecast
 from moeprune.planning.forecast import Rates, Room
 from moeprune.settings import resolve
 from tests import handmade, tiny
+from tests.checkpoint import test_gguf
 from tests.pruning import cutting
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +172,17 @@ def test_engines_and_the_router_have_their_say(tmp_path):
     assert by_ratio[0.5]["engines"] == {"vllm": []}
     assert by_ratio[0.9]["kept"] is None
     assert "2 experts for each token" in by_ratio[0.9]["why_not"]
+
+
+def test_of_a_gguf_file_the_cut_is_foretold(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(test_gguf.build(test_gguf.ENTRIES, test_gguf.TENSORS)[0])
+    found = foretold(tmp_path / "model.gguf")
+    sizes = [cut["after_bytes"] for cut in found["cuts"] if cut["kept"]]
+    assert found["reap"] is None
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] < found["model"]["total_bytes"]
+    assert all(cut["test"] is None for cut in found["cuts"])
+    plan.show(found)
 
 
 def earlier(output, folder, tokens=1000, seconds=4.0, **values):
