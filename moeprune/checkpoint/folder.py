@@ -18,7 +18,7 @@ from typing import Any
 from moeprune.checkpoint import gguf
 from moeprune.checkpoint.headers import Tensor, read_header
 from moeprune.console import warn
-from moeprune.errors import InputError, MachineError
+from moeprune.errors import InputError, MachineError, UsageError
 from moeprune.metadata import digest, read_json
 
 __all__ = ["Checkpoint", "Tensor", "fingerprint", "locate_model", "open_checkpoint"]
@@ -225,7 +225,7 @@ def _sample(shard: Path) -> bytes:
 def locate_model(model: str, token: str = "") -> Path:
     """The folder of a model: a local path, else a hub id that is downloaded (or found in the hub's cache)."""
     if not model:
-        raise InputError("no model given; pass --model-path or set REAP_MODEL_PATH to a folder or a hub id")
+        raise UsageError("no model given; pass --model-path or set REAP_MODEL_PATH to a folder or a hub id")
     path = Path(model).expanduser()
     if path.exists():
         return path

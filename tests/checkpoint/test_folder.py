@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from moeprune.checkpoint.folder import fingerprint, locate_model, open_checkpoint
-from moeprune.errors import InputError, MachineError
+from moeprune.errors import InputError, MachineError, UsageError
 from tests import handmade, tiny
 
 A = {"a": ("BF16", [2, 3]), "b": ("F32", [4])}
@@ -175,7 +175,9 @@ def test_the_hub_cache_with_its_links_is_read(folder, tmp_path):
 
 def test_where_a_model_is_looked_for(folder, monkeypatch, tmp_path):
     assert locate_model(str(folder)) == folder
-    for wrong in ("", "no/such/folder", "./nothing"):
+    with pytest.raises(UsageError, match="--model-path"):
+        locate_model("")
+    for wrong in ("no/such/folder", "./nothing"):
         with pytest.raises(InputError):
             locate_model(wrong)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
