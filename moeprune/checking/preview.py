@@ -93,7 +93,7 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> 
     scored = data["inputs"]["model"].get("fingerprint")
     if not settings.other_scores and scored != fingerprint(checkpoint):
         raise InputError(f"the scores in {path} were made on another model; run reap.py on it, or pass --other-scores")
-    sums = metadata.Sums.from_json(data.get("scores"))
+    sums = metadata.Sums.from_json(data.get("scores", {}))
     limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
     trunk = [block.name for block in layout.blocks if block.role == "trunk"]
     made = []
