@@ -78,12 +78,16 @@ class Encoder:
     def _report(self, asked: int, made: Sequence[Document]) -> None:
         self.reader.judge()
         if self.skipped[REFUSED]:
-            console.warn(f"the chat template refused {self.skipped[REFUSED]} samples, such as {self.refusal}")
+            refused = f"the chat template refused {self.skipped[REFUSED]} of {asked} samples, such as {self.refusal}"
+            if self.skipped[REFUSED] > asked / 2:  # what is left is other data than was asked for
+                raise InputError(f"{refused}; mend the template or give data that it takes")
+            console.warn(refused)
         if self.skipped[BLIND]:
             console.warn(f"the model takes no images: of {self.skipped[BLIND]} samples only the text is used")
             del self.skipped[BLIND]
         if not made:
-            raise InputError(f"none of {asked} calibration samples can be used: {dict(self.skipped)}")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
+            raise InputError(f"none of {asked} calibration samples can be used: {reasons}")
 
     def _document(self, sample: Sample, slice_: int) -> Document | None:
         if sample.images and not images.takes_images(self.config):

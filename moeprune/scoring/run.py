@@ -27,7 +27,10 @@ from moeprune.settings import Settings
 def load_tokenizer(checkpoint: Checkpoint, settings: Settings) -> Any:
     """The checkpoint's tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
+        if len(tokenizer) < 2:  # transformers makes an empty one where the files are missing
+            raise ValueError("its vocabulary is empty")
+        return tokenizer
     except (ValueError, OSError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

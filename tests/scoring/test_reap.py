@@ -118,6 +118,13 @@ def test_no_tokenizer_is_refused(inputs, tmp_path):
     assert "tokenizer" in refusal(reap(tmp_path, "--model-path", str(model)), 3)
 
 
+def test_a_template_that_refuses_most_samples_is_refused(inputs, tmp_path):
+    model = damaged(inputs[0], tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    said = refusal(reap(tmp_path, "--model-path", str(model)), 3)  # the built-in set is mostly chats
+    assert "the chat template refused 347 of 421 samples" in said
+
+
 def test_a_dense_model_is_refused(tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
