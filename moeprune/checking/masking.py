@@ -256,7 +256,7 @@ def random_keep(model: Any, keep: Keep, seed: int) -> dict[str, list[int]]:
 
 def _groups(model: Any) -> int:
     config = model.config.get_text_config()
-    return int(getattr(config, "n_group", None) or getattr(config, "n_groups", None) or 1)
+    return int(getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1)
 
 
 @contextmanager
