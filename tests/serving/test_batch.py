@@ -64,6 +64,13 @@ def start(folder: Path, url: str, *words: str, **environ: str) -> subprocess.Pop
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def wait_for_answers(folder: Path, count: int, process: subprocess.Popen) -> None:
+    path = folder / "a.jsonl"
+    while not path.exists() or len(path.read_bytes().splitlines()) < count:
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
 def batch(folder: Path, url: str, *words: str, **environ: str) -> subprocess.CompletedProcess:
     process = start(folder, url, *words, **environ)
     out, err = process.communicate(timeout=120)
@@ -113,9 +120,7 @@ def test_a_run_that_is_ended_goes_on_where_it_was(tmp_path, blow):
         proxy = Proxy(port, faults=())
         words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 40)), *QUICK)
         first = start(tmp_path, proxy.url, *words)
-        while not (tmp_path / "a.jsonl").exists() or len((tmp_path / "a.jsonl").read_bytes().splitlines()) < 8:
-            assert first.poll() is None
-            time.sleep(0.02)
+        wait_for_answers(tmp_path, 8, first)
         first.send_signal(blow)
         _, err = first.communicate(timeout=10)
         assert first.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[blow], err
@@ -135,10 +140,10 @@ def test_a_run_that_is_ended_goes_on_where_it_was(tmp_path, blow):
 
 def test_a_server_that_is_killed_and_started_again_costs_nothing(tmp_path):
     port = free_port()
-    server = start_echo(port, 0.1)
+    server = start_echo(port, 0.3)
     words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 24)), *QUICK)
     process = start(tmp_path, f"http://127.0.0.1:{port}/v1", *words, "--served-model", "echo")
-    time.sleep(0.8)
+    wait_for_answers(tmp_path, 1, process)  # 23 are left: some are under way, and lose their server
     server.kill()
     server.wait()
     time.sleep(0.5)
