@@ -1,16 +1,17 @@
-"""A small OpenAI-compatible server in a process of its own: `python echo_server.py PORT [DELAY_S]`.
+"""A small OpenAI-compatible server in a process of its own: `python echo_server.py PORT [ANSWERS]`.
 
 Answers are the prompt backwards, so that a mixed-up answer shows. No usage is given: /tokenize counts characters.
+After ANSWERS answers it holds every question and says so, which makes "in the middle of a run" a state, not a moment.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-DELAY_S = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
+LEFT = threading.Semaphore(int(sys.argv[2]) if len(sys.argv) > 2 else sys.maxsize)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -24,7 +25,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             self._send(200, {"count": len(body["prompt"])})
             return
-        time.sleep(DELAY_S)
+        if not LEFT.acquire(blocking=False):
+            print("holding", flush=True)
+            threading.Event().wait()
         chat = self.path == "/v1/chat/completions"
         text = body["messages"][-1]["content"] if chat else body["prompt"]
         if "refuse me" in text:
@@ -46,4 +49,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+    print("listening", flush=True)
+    server.serve_forever()

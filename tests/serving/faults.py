@@ -6,21 +6,21 @@ import http.client
 import socket
 import struct
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = ("429", "500", "503", "reset", "cut short", "garbage", "no object", "slow", "hang up")
+FAULTS = ("429", "500", "503", "reset", "cut short", "garbage", "no object", "hang up")
+SILENT = "silent"  # no byte until the same question comes again, so that only the client's patience can end it
 
 
 class Proxy:
     """Forwards to `port`; the first request of a prompt meets the next fault, its second one goes through."""
 
-    def __init__(self, port: int, faults: tuple[str, ...] = FAULTS, slow_s: float = 3.0) -> None:
-        self.port, self.faults, self.slow_s = port, faults, slow_s
+    def __init__(self, port: int, faults: tuple[str, ...] = FAULTS) -> None:
+        self.port, self.faults = port, faults
         self.met: Counter[str] = Counter()
         self.forwarded: Counter[bytes] = Counter()
-        self._seen: set[bytes] = set()
+        self._seen: dict[bytes, threading.Event] = {}  # set when the question comes again
         self._lock = threading.Lock()
         proxy = self
 
@@ -40,9 +40,12 @@ class Proxy:
     def fault_for(self, body: bytes) -> str:
         """The fault that this request meets, empty for none."""
         with self._lock:
-            if not body or body in self._seen or not self.faults:
+            if not body or not self.faults:
                 return ""
-            self._seen.add(body)
+            if body in self._seen:
+                self._seen[body].set()
+                return ""
+            self._seen[body] = threading.Event()
             fault = self.faults[(len(self._seen) - 1) % len(self.faults)]
             self.met[fault] += 1
             return fault
@@ -67,9 +70,10 @@ class Proxy:
             request.connection.close()
         elif fault == "hang up":
             request.close_connection = True
+        elif fault == SILENT:
+            self._seen[body].wait()
+            request.close_connection = True
         else:
-            if fault == "slow":
-                time.sleep(self.slow_s)
             self.forward(request, body)
 
     def forward(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
@@ -77,7 +81,7 @@ class Proxy:
         if "completions" in request.path:
             with self._lock:
                 self.forwarded[body] += 1
-        upstream = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        upstream = http.client.HTTPConnection("127.0.0.1", self.port)
         upstream.request(request.command, request.path, body, {"Content-Type": "application/json"})
         answer = upstream.getresponse()
         self.reply(request, answer.status, answer.read())

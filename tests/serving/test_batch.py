@@ -5,52 +5,26 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from moeprune.errors import InputError
 from moeprune.serving.prompts import load_prompts
-from tests.serving.faults import FAULTS, Proxy
+from tests.serving.faults import FAULTS, SILENT, Proxy
+from tests.serving.servers import PATIENCE_S, ROOT, echo_server, reserved_port, wait_until_listening
 
-ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("--request-timeout", "1", "--concurrency", "4")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(port: int, process: subprocess.Popen, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            assert process.poll() is None, "the server ended"
-            time.sleep(0.05)
-    raise AssertionError(f"no server on port {port} after {seconds} s")
-
-
-def start_echo(port: int, delay_s: float = 0.0) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, ROOT / "tests/serving/echo_server.py", str(port), str(delay_s)])
-    wait_for(port, process, 20)
-    return process
+FEW = ("--concurrency", "4")
 
 
 @pytest.fixture(scope="module")
 def echo():
-    port = free_port()
-    process = start_echo(port)
-    yield port
-    process.kill()
+    with reserved_port() as port, echo_server(port):
+        yield port
 
 
 def write_prompts(path: Path, count: int) -> Path:
@@ -65,6 +39,7 @@ def start(folder: Path, url: str, *words: str, **environ: str) -> subprocess.Pop
 
 
 def wait_for_answers(folder: Path, count: int, process: subprocess.Popen) -> None:
+    """The server holds what comes behind these, so the run stays as it is then."""
     path = folder / "a.jsonl"
     while not path.exists() or len(path.read_bytes().splitlines()) < count:
         assert process.poll() is None
@@ -73,7 +48,7 @@ def wait_for_answers(folder: Path, count: int, process: subprocess.Popen) -> Non
 
 def batch(folder: Path, url: str, *words: str, **environ: str) -> subprocess.CompletedProcess:
     process = start(folder, url, *words, **environ)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -92,7 +67,7 @@ def test_every_fault_is_survived(echo, tmp_path):
     proxy = Proxy(echo)
     count = 2 * len(FAULTS)
     prompts = write_prompts(tmp_path / "p.jsonl", count)
-    done = batch(tmp_path, proxy.url, "--prompts-path", str(prompts), *QUICK)
+    done = batch(tmp_path, proxy.url, "--prompts-path", str(prompts), *FEW)
     assert done.returncode == 0, done.stderr
     assert set(proxy.met) == set(FAULTS)
     assert_complete(tmp_path, count)
@@ -101,10 +76,19 @@ def test_every_fault_is_survived(echo, tmp_path):
     assert done.stdout.strip() == str(tmp_path / "a.jsonl")
 
 
+def test_a_question_that_is_not_answered_in_time_is_asked_again(echo, tmp_path):
+    proxy = Proxy(echo, (SILENT,))
+    prompts = write_prompts(tmp_path / "p.jsonl", 2)
+    done = batch(tmp_path, proxy.url, "--prompts-path", str(prompts), "--request-timeout", "1")
+    assert done.returncode == 0, done.stderr
+    assert_complete(tmp_path, 2)
+    assert min(entry["attempts"] for entry in answers(tmp_path)) >= 2
+
+
 def test_a_second_run_asks_nothing_and_a_changed_question_is_asked_again(echo, tmp_path):
     proxy = Proxy(echo, faults=())
     prompts = write_prompts(tmp_path / "p.jsonl", 6)
-    words = ("--prompts-path", str(prompts), *QUICK)
+    words = ("--prompts-path", str(prompts), *FEW)
     assert batch(tmp_path, proxy.url, *words).returncode == 0
     assert batch(tmp_path, proxy.url, *words).returncode == 0
     assert sum(proxy.forwarded.values()) == 6
@@ -113,57 +97,48 @@ def test_a_second_run_asks_nothing_and_a_changed_question_is_asked_again(echo, t
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_ended_goes_on_where_it_was(tmp_path, blow):
-    port = free_port()
-    server = start_echo(port, 0.1)
-    try:
-        proxy = Proxy(port, faults=())
-        words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 40)), *QUICK)
-        first = start(tmp_path, proxy.url, *words)
+def test_a_run_that_is_ended_goes_on_where_it_was(echo, tmp_path, blow):
+    words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 20)), *FEW)
+    with reserved_port() as port, echo_server(port, answers=8):
+        first = start(tmp_path, f"http://127.0.0.1:{port}/v1", *words)
         wait_for_answers(tmp_path, 8, first)
         first.send_signal(blow)
-        _, err = first.communicate(timeout=10)
-        assert first.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[blow], err
-        assert "Traceback" not in err
-        kept = len(answers(tmp_path))
-        assert 8 <= kept < 40
-        with (tmp_path / "a.jsonl").open("a") as file:
-            file.write('{"id": "p.jsonl:40", "answer": "half a li')  # what a crash in the middle of a write leaves
-        done = batch(tmp_path, proxy.url, *words)
-        assert done.returncode == 0, done.stderr
-        assert f"{kept} of 40 prompts have their answer already" in done.stderr
-        assert_complete(tmp_path, 40)
-        assert sum(proxy.forwarded.values()) <= 40 + 4  # those that were on their way
-    finally:
-        server.kill()
+        _, err = first.communicate(timeout=PATIENCE_S)
+    assert first.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[blow], err
+    assert "Traceback" not in err
+    assert len(answers(tmp_path)) == 8
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"id": "p.jsonl:20", "answer": "half a li')  # what a crash in the middle of a write leaves
+    proxy = Proxy(echo, faults=())
+    done = batch(tmp_path, proxy.url, *words)
+    assert done.returncode == 0, done.stderr
+    assert "8 of 20 prompts have their answer already" in done.stderr
+    assert_complete(tmp_path, 20)
+    assert sum(proxy.forwarded.values()) == 12
 
 
 def test_a_server_that_is_killed_and_started_again_costs_nothing(tmp_path):
-    port = free_port()
-    server = start_echo(port, 0.3)
-    words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 24)), *QUICK)
-    process = start(tmp_path, f"http://127.0.0.1:{port}/v1", *words, "--served-model", "echo")
-    wait_for_answers(tmp_path, 1, process)  # 23 are left: some are under way, and lose their server
-    server.kill()
-    server.wait()
-    time.sleep(0.5)
-    server = start_echo(port)
-    try:
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        assert_complete(tmp_path, 24)
-        assert max(entry["attempts"] for entry in answers(tmp_path)) > 1
-    finally:
-        server.kill()
+    words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 12)), *FEW, "--served-model", "echo")
+    with reserved_port() as port:
+        with echo_server(port, answers=1) as server:
+            process = start(tmp_path, f"http://127.0.0.1:{port}/v1", *words)
+            wait_for_answers(tmp_path, 1, process)
+            assert server.stdout.readline() == "holding\n"  # this question loses its server
+        with echo_server(port):
+            _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    assert_complete(tmp_path, 12)
+    assert max(entry["attempts"] for entry in answers(tmp_path)) > 1
 
 
 def test_no_server_at_all_ends_in_one_line(tmp_path):
-    words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 30)), *QUICK, "--attempts", "1")
-    url = f"http://127.0.0.1:{free_port()}/v1"
-    done = batch(tmp_path, url, *words)
-    assert (done.returncode, "no answer from" in done.stderr.splitlines()[-1]) == (4, True)
-    done = batch(tmp_path, url, *words, "--served-model", "x")
-    assert (done.returncode, "the last 12 prompts failed" in done.stderr.splitlines()[-1]) == (4, True)
+    words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 30)), *FEW, "--attempts", "1")
+    with reserved_port() as port:
+        url = f"http://127.0.0.1:{port}/v1"
+        done = batch(tmp_path, url, *words)
+        assert (done.returncode, "no answer from" in done.stderr.splitlines()[-1]) == (4, True)
+        done = batch(tmp_path, url, *words, "--served-model", "x")
+        assert (done.returncode, "the last 12 prompts failed" in done.stderr.splitlines()[-1]) == (4, True)
 
 
 def test_a_prompt_that_is_refused_does_not_stop_the_others(echo, tmp_path):
@@ -202,21 +177,17 @@ def test_the_key_is_sent_and_never_kept(echo, tmp_path):
     assert "key_canary" not in (tmp_path / "a.jsonl").read_text() + done.stderr + done.stdout
 
 
-def test_one_run_at_a_time_writes_a_file(tmp_path):
-    port = free_port()
-    server = start_echo(port, 0.3)
-    try:
-        url = f"http://127.0.0.1:{port}/v1"
-        words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 8)), "--concurrency", "1")
-        first = start(tmp_path, url, *words)
-        while not (tmp_path / "a.jsonl").exists() or not (tmp_path / "a.jsonl").read_bytes():
-            time.sleep(0.02)
-        second = batch(tmp_path, url, *words)
+def test_one_run_at_a_time_writes_a_file(echo, tmp_path):
+    words = ("--prompts-path", str(write_prompts(tmp_path / "p.jsonl", 4)))
+    with reserved_port() as port, echo_server(port, answers=1):
+        first = start(tmp_path, f"http://127.0.0.1:{port}/v1", *words)
+        wait_for_answers(tmp_path, 1, first)
+        second = batch(tmp_path, f"http://127.0.0.1:{echo}/v1", *words)
         assert (second.returncode, "another run is writing" in second.stderr) == (2, True)
-        first.communicate(timeout=60)
-        assert first.returncode == 0
-    finally:
-        server.kill()
+        first.kill()
+        first.communicate(timeout=PATIENCE_S)
+    assert batch(tmp_path, f"http://127.0.0.1:{echo}/v1", *words).returncode == 0
+    assert_complete(tmp_path, 4)
 
 
 def test_prompts_from_every_kind_of_file(tmp_path):
@@ -258,43 +229,31 @@ def test_prompts_that_cannot_be_used(tmp_path, content, line):
     assert line in str(error.value)
 
 
-def test_a_model_behind_transformers_serve_with_faults(tmp_path):
-    """The demo model really answers; the counts of tokens are the server's."""
+@contextmanager
+def transformers_serve(model: str, log: Path):
+    """`transformers serve` for one model; yields its port."""
     pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
-    port = free_port()
-    command = [
-        Path(sys.executable).with_name("transformers"),
-        "serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "demo/model",
-    ]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
-    try:
-        wait_for(port, server, 120)
-        proxy = Proxy(port, ("500", "reset", "", "429"))
-        (tmp_path / "p.jsonl").write_text("".join(f'"2 + {n} ="\n' for n in range(8)))
-        words = (
-            "--prompts-path",
-            "p.jsonl",
-            "--served-model",
-            "demo/model",
-            "--api",
-            "completions",
-            "--concurrency",
-            "2",
-        )
-        done = batch(tmp_path, proxy.url, *words)
-        assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()[-2000:]
-        found = {entry["id"]: entry for entry in answers(tmp_path)}
-        assert len(found) == 8
-        assert found["p.jsonl:3"]["answer"].strip() == "4"
-        assert all(entry["completion_tokens"] > 0 and entry["prompt_tokens"] > 0 for entry in found.values())
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    program = Path(sys.executable).with_name("transformers")
+    with reserved_port() as port, log.open("w") as file:
+        command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), model]
+        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file) as server:
+            try:
+                wait_until_listening(port, server)
+                yield port
+            finally:
+                server.kill()
+
+
+def test_a_model_behind_transformers_serve_with_faults(tmp_path):
+    """The demo model really answers; the counts of tokens are the server's."""
+    (tmp_path / "p.jsonl").write_text("".join(f'"2 + {n} ="\n' for n in range(8)))
+    words = ("--prompts-path", "p.jsonl", "--served-model", "demo/model", "--api", "completions", "--concurrency", "2")
+    with transformers_serve("demo/model", tmp_path / "log") as port:
+        done = batch(tmp_path, Proxy(port, ("500", "reset", "", "429")).url, *words)
+    assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()[-2000:]
+    found = {entry["id"]: entry for entry in answers(tmp_path)}
+    assert len(found) == 8
+    assert found["p.jsonl:3"]["answer"].strip() == "4"
+    assert all(entry["completion_tokens"] > 0 and entry["prompt_tokens"] > 0 for entry in found.values())
