@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
+from moeprune.checkpoint import gguf
 from moeprune.checkpoint.folder import Checkpoint, Tensor
 from moeprune.checkpoint.formats import quantization_of
 from moeprune.errors import InputError
 from moeprune.scoring import unpack
 
 Stored = Mapping[str, torch.Tensor]  # ending of the name -> tensor
+Make = Callable[[Stored, torch.dtype], torch.Tensor]  # to the type that computes
 Quantization = Mapping[str, Any]
 
 DTYPES = {
@@ -48,7 +50,7 @@ class Recipe:
     """How one plain tensor comes from stored ones. Without `make` it is the stored one."""
 
     sources: Mapping[str, str]  # ending -> stored name
-    make: Callable[[Stored], torch.Tensor] | None = None
+    make: Make | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +242,8 @@ def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
     return dict(item for name, recipe in made.items() for item in _unstacked(name, recipe, checkpoint))
 
 
-def _with(
-    make: Callable[[Stored, Quantization], torch.Tensor], settings: Quantization
-) -> Callable[[Stored], torch.Tensor]:
-    return lambda stored: make(stored, settings)
+def _with(make: Callable[[Stored, Quantization], torch.Tensor], settings: Quantization) -> Make:
+    return lambda stored, dtype: make(stored, settings).to(dtype)
 
 
 def _match(name: str, checkpoint: Checkpoint, quantization: Quantization) -> tuple[Format, str, dict[str, str]] | None:
@@ -277,9 +277,9 @@ def _unstacked(name: str, recipe: Recipe, checkpoint: Checkpoint) -> Iterator[tu
         yield plain, Recipe(recipe.sources, partial(_one_expert, make=recipe.make, expert=expert))
 
 
-def _one_expert(stored: Stored, make: Callable[[Stored], torch.Tensor] | None, expert: int) -> torch.Tensor:
+def _one_expert(stored: Stored, dtype: torch.dtype, make: Make | None, expert: int) -> torch.Tensor:
     rows = {ending: tensor[expert] for ending, tensor in stored.items()}
-    return make(rows) if make is not None else next(iter(rows.values()))
+    return make(rows, dtype) if make is not None else next(iter(rows.values())).to(dtype)
 
 
 class Lazy:
@@ -293,16 +293,17 @@ class Lazy:
         if self.recipe.make is None:
             return next(iter(self.stored.values()))
         on_device = {ending: tensor.to(self.device) for ending, tensor in self.stored.items()}
-        return self.recipe.make(on_device).to(self.dtype).contiguous()
+        return self.recipe.make(on_device, self.dtype).contiguous()
 
 
 def read_tensor(tensor: Tensor) -> torch.Tensor:
     """The bytes of a tensor, read into memory of its own."""
-    if tensor.dtype not in DTYPES:
+    blocks = tensor.dtype in gguf.NUMBERS and tensor.dtype not in DTYPES  # of bytes along the last axis
+    if not blocks and tensor.dtype not in DTYPES:
         raise InputError(f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}, which torch cannot hold")
     buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         if tensor.nbytes and file.readinto(buffer.numpy().data) != tensor.nbytes:
             raise InputError(f"{tensor.file} became shorter while it was read; nobody may write to the model meanwhile")
-    return buffer.view(DTYPES[tensor.dtype]).view(tensor.shape)
+    return buffer.view(*tensor.shape[:-1], -1) if blocks else buffer.view(DTYPES[tensor.dtype]).view(tensor.shape)
