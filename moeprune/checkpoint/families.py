@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeprune.checkpoint import gguf_layout
+from moeprune.checkpoint.complete import DEPTH_KEYS, check_layers
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.structure import Block, Hints, Part, find_blocks, is_tower, renamed
 from moeprune.errors import InputError
@@ -37,11 +38,12 @@ TOP_K_KEYS = (
     "top_k_experts",
     "experts_top_k",
     "moe_num_active_primary_experts",
+    "num_selected_experts",
+    "moe_router_topk",
 )
 GROUP_KEYS = ("n_group", "num_expert_group")  # not n_groups, which counts the groups of a Mamba layer
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 DEEPEST = 20  # nesting of a config beyond which nothing is looked for
-DEPTH_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 
 # Rows behind the experts' own in the router that always stay, last: config key of their number, or the number.
 TAILS: dict[str, str | int] = {
@@ -108,7 +110,8 @@ def understand(checkpoint: Checkpoint) -> Layout:
         )
     # Of several parts that count experts, the innermost says most; an outer one may name the count alone.
     scope = {key: value for _, part in governing for key, value in part.items() if value is not None}
-    top_k = FIXED_TOP_K.get(model_type) or largest(scope, TOP_K_KEYS) or 1
+    top_k = FIXED_TOP_K.get(model_type) or largest(scope, TOP_K_KEYS) or _top_k_elsewhere(checkpoint)
+    check_layers(checkpoint, blocks, scope)
     groups = top_k if model_type in ONE_PER_GROUP else _groups(scope)
     return Layout(
         model_type=model_type,
@@ -117,9 +120,23 @@ def understand(checkpoint: Checkpoint) -> Layout:
         groups=groups,
         top_groups=min(largest(scope, ("topk_group",)) or groups, groups),
         blocks=tuple(blocks),
-        count_keys=tuple(path + key for path, scope in governing for key in _count_paths(scope)),
+        count_keys=tuple(
+            path + key for path, part in governing for key in _count_paths(part) if _at(part, key) == experts
+        ),
         run=max(part.share for block in blocks for part in block.parts),
     )
+
+
+def _top_k_elsewhere(checkpoint: Checkpoint) -> int:
+    """Experts per token, from any part of the config; it cannot be guessed, for a cut below it breaks the model."""
+    found = max(largest(scope, TOP_K_KEYS) for _, scope in scopes(checkpoint.config))
+    if found < 1:
+        raise InputError(
+            f"{checkpoint.folder / 'config.json'} does not say how many experts the router chooses for a token; add "
+            "num_experts_per_tok to it, or the name of the model's own key to TOP_K_KEYS in "
+            "moeprune/checkpoint/families.py"
+        )
+    return found
 
 
 def _understand_gguf(checkpoint: Checkpoint) -> Layout:
@@ -129,11 +146,16 @@ def _understand_gguf(checkpoint: Checkpoint) -> Layout:
     blocks = gguf_layout.find_blocks(checkpoint.tensors, config)
     if not blocks:
         raise InputError(f"{checkpoint.shards[0]} holds a {architecture or 'nameless'} model without experts")
+    top_k = gguf_layout.counts(config, "expert_used_count")
+    if top_k < 1:
+        raise InputError(
+            f"{checkpoint.shards[0]} does not say {architecture}.expert_used_count; convert the model again"
+        )
     groups = max(gguf_layout.counts(config, "expert_group_count"), 1)
     return Layout(
         model_type=architecture,
         experts=_one_count(blocks),
-        top_k=gguf_layout.counts(config, "expert_used_count") or 1,
+        top_k=top_k,
         groups=groups,
         top_groups=min(gguf_layout.counts(config, "expert_group_used_count") or groups, groups),
         blocks=tuple(blocks),

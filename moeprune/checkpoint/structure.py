@@ -36,6 +36,7 @@ ROUTER = re.compile(
     r"(gate|router|primary_router|moe_statics|act_fn)\.|(\w*expert_bias|e_score_correction_bias|router_bias|router_scale)$"
 )
 ROUTER_ELSEWHERE = re.compile(r"moe\.router\.")  # relative to the layer, where it is not in the experts' module
+PER_EXPERT = re.compile(r"(expert_bias|correction_bias|router_bias|router_scale)$")
 NO_ROUTER = re.compile(r"router\.(scale|global_scale)$")
 SHARED = re.compile(r"shared|share_expert|shexp")
 PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_zero_point|weight_shape)$")
@@ -211,7 +212,7 @@ def _stacked_part(tensor: Tensor, experts: int) -> Part | None:
         return Part(tensor.name, "rows", router=router)
     if FLAT.search(tensor.name) and tensor.shape and tensor.shape[0] % experts == 0:
         return Part(tensor.name, "rows", rows_per_expert=tensor.shape[0] // experts)
-    if len(tensor.shape) <= 1 or tensor.shape[0] == 1:
+    if len(tensor.shape) <= 1 or (tensor.shape[0] == 1 and experts not in tensor.shape):
         return None
     raise InputError(
         f"{tensor.name} has the shape {list(tensor.shape)}, which does not begin with the {experts} experts of its "
@@ -234,7 +235,21 @@ def _router_part(tensor: Tensor, experts: int, hints: Hints) -> Part | None:
         return Part(tensor.name, "rows", axis=axis, tail=size - experts, router=True)
     if PACKED.search(tensor.name) or (BLOCK_SCALE.search(tensor.name) and size > 1):
         raise InputError(f"{tensor.name}: this router is packed across experts and cannot be cut; keep it unquantized")
+    if math.prod(tensor.shape) > 1 and not BLOCK_SCALE.search(tensor.name):
+        _refuse_odd_router(tensor, experts, hints)
     return None
+
+
+def _refuse_odd_router(tensor: Tensor, experts: int, hints: Hints) -> None:
+    """What a router owns may be none of the experts' business, such as a norm; it may not be half understood."""
+    own = {experts, experts + hints.tail} - {hints.hidden}
+    per_expert = PER_EXPERT.search(tensor.name) is not None
+    rows = len(tensor.shape) == 2 and tensor.shape[1] == hints.hidden and experts < tensor.shape[0] < 2 * experts
+    if own & set(tensor.shape) or per_expert or rows:
+        raise InputError(
+            f"{tensor.name} {list(tensor.shape)} belongs to a router of {experts} experts and has no row for each; "
+            "rows of another kind that always stay belong in TAILS in moeprune/checkpoint/families.py"
+        )
 
 
 def _refuse_unknown(tensor: Tensor, experts: int, hints: Hints) -> None:

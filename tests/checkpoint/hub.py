@@ -62,6 +62,7 @@ MODELOPT = {
     "_weight_scale_2": ("F32", [E, 2]),
     "_input_scale": ("F32", []),
 }
+TOP_2 = {"num_experts_per_tok": 2}
 TORCHAO = {"qdata": 16, "scale": 1, "zero_point": 1}
 
 CASES = {
@@ -78,7 +79,7 @@ CASES = {
          | {"mlp.router.weight": "router 0", "mlp.router.bias": "router 0"}},
     ),
     "qwen3.5, stacked trunk with an MTP layer per expert": Case(
-        {"model_type": "qwen3_5_moe", "text_config": {"num_experts": E, "num_hidden_layers": 1}},
+        {"model_type": "qwen3_5_moe", "text_config": {"num_experts": E, "num_hidden_layers": 1} | TOP_2},
         layer("model.language_model.layers.0", STACKED | GATE | SHARED)
         | layer("mtp.layers.0", GATE | SHARED, GATED)
         | {"mtp.fc.weight": [16, 32], "model.visual.blocks.0.mlp.experts.0.up_proj.weight": [4, 4]},
@@ -191,7 +192,7 @@ CASES = {
                               "mlp.router.layer.weight": "router 0"}},
     ),
     "MLX with a quantized router": Case(
-        {"model_type": "qwen3_moe", "num_experts": E, "quantization": {"bits": 4, "group_size": 64}},
+        {"model_type": "qwen3_moe", "num_experts": E, "quantization": {"bits": 4, "group_size": 64}} | TOP_2,
         layer("model.layers.0", {f"mlp.switch_mlp.up_proj.{k}": s for k, s in
               {"weight": ("U32", [E, 4, 2]), "scales": [E, 4, 1], "biases": [E, 4, 1]}.items()}
               | {"mlp.gate.weight": ("U32", [E, 4]), "mlp.gate.scales": [E, 1], "mlp.gate.biases": [E, 1]}),
@@ -199,7 +200,7 @@ CASES = {
          | {f"mlp.gate.{k}": "router 0" for k in ("weight", "scales", "biases")}},
     ),
     "gpt-oss in bitsandbytes 4-bit": Case(
-        {"model_type": "gpt_oss", "num_local_experts": E},
+        {"model_type": "gpt_oss", "num_local_experts": E} | TOP_2,
         layer("model.layers.0", {"mlp.router.weight": [E, 16], "mlp.router.bias": [E]},
               {f"mlp.experts.{p}s.{{e}}.{k}": s for p in ("gate_up_proj", "down_proj") for k, s in
                {"weight": ("U8", [32, 1]), "weight.absmax": ("U8", [1]), "weight.quant_state.bitsandbytes__nf4":
@@ -209,33 +210,33 @@ CASES = {
          | {"mlp.router.weight": "router 0", "mlp.router.bias": "router 0"}},
     ),
     "GPTQ and AWQ": Case(
-        {"model_type": "qwen3_moe", "num_experts": E},
+        {"model_type": "qwen3_moe", "num_experts": E} | TOP_2,
         layer("model.layers.0", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": ("I32", [2, 8]) for k in ("qweight", "qzeros")}
               | {"mlp.experts.{e}.up_proj.scales": ("F16", [1, 8]), "mlp.experts.{e}.up_proj.g_idx": ("I32", [16])}),
         {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in ("qweight", "qzeros", "scales", "g_idx")}
          | GATE_FOUND},
     ),
     "compressed-tensors INT4, NVFP4 and modelopt per expert": Case(
-        {"model_type": "qwen3_moe", "num_experts": E},
+        {"model_type": "qwen3_moe", "num_experts": E} | TOP_2,
         layer("model.layers.0", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in CT.items()})
         | layer("model.layers.1", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in FP4.items()}),
         {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in CT} | GATE_FOUND,
          "model.layers.1": {f"mlp.experts.N.up_proj.{k}": "expert" for k in FP4} | GATE_FOUND},
     ),
     "modelopt NVFP4, stacked": Case(
-        {"model_type": "llama4", "text_config": {"num_local_experts": E}},
+        {"model_type": "llama4", "text_config": {"num_local_experts": E} | TOP_2},
         layer("model.layers.0", {f"feed_forward.experts.gate_up_proj{k}": v for k, v in MODELOPT.items()}
               | {"feed_forward.router.weight": [E, 16]}),
         {"model.layers.0": {f"feed_forward.experts.gate_up_proj{k}": "rows 0" for k in MODELOPT if k != "_input_scale"}
          | {"feed_forward.router.weight": "router 0"}},
     ),
     "torchao": Case(
-        {"model_type": "qwen3_moe", "num_experts": E, "quantization_config": {"quant_method": "torchao"}},
+        {"model_type": "qwen3_moe", "num_experts": E, "quantization_config": {"quant_method": "torchao"}} | TOP_2,
         layer("model.layers.0", GATE | {f"mlp.experts._down_proj_{k}": ("I8", [E, 4, n]) for k, n in TORCHAO.items()}),
         {"model.layers.0": {f"mlp.experts._down_proj_{k}": "rows 0" for k in TORCHAO} | GATE_FOUND},
     ),
     "a model that is as wide as it has experts": Case(
-        {"model_type": "mixtral", "num_local_experts": E, "hidden_size": E},
+        {"model_type": "mixtral", "num_local_experts": E, "hidden_size": E} | TOP_2,
         layer("model.layers.0", {"block_sparse_moe.gate.weight": [E, E], "block_sparse_moe.norm.weight": [E]},
               {f"block_sparse_moe.{k}": [E, E] for k in W123}),
         {"model.layers.0": {f"block_sparse_moe.experts.N.{w}.weight": "expert" for w in ("w1", "w2", "w3")}

@@ -15,6 +15,11 @@ from moeprune.errors import InputError
 from tests.checkpoint.hub import CASES, GATE, GATED, STACKED, Case, E, layer, write
 
 
+def number(name):
+    """The name with N in place of the expert's number."""
+    return re.sub(r"(experts\.(?:local_experts\.)?|projs\.)\d+", r"\1N", name)
+
+
 def described(part):
     if part.kind == "expert":
         return "expert" if part.share == 1 else f"expert of {part.share}"
@@ -28,9 +33,8 @@ def described(part):
 def test_a_layout_of_the_hub(tmp_path, name):
     case = CASES[name]
     layout = understand(write(tmp_path, case))
-    number = re.compile(r"(experts\.(?:local_experts\.)?|projs\.)\d+")
     found = {
-        block.name: {number.sub(r"\1N", part.tensor[len(block.name) + 1 :]): described(part) for part in block.parts}
+        block.name: {number(part.tensor[len(block.name) + 1 :]): described(part) for part in block.parts}
         for block in layout.blocks
     }
     assert found == case.blocks
@@ -105,7 +109,7 @@ def test_a_scale_for_all_rows_of_a_router_is_no_row_of_experts(tmp_path):
     assert [part.tensor for part in block.parts if part.router] == ["model.layers.0.mlp.gate.weight"]
 
 
-MIXTRAL = {"model_type": "mixtral", "num_local_experts": E}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": E, "num_experts_per_tok": 2}
 REFUSED = {
     "a dense model": (
         {"model_type": "llama"},
