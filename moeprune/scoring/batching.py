@@ -13,6 +13,7 @@ import torch
 
 from moeprune.metadata import IMAGE
 from moeprune.scoring.documents import SLICES, Document
+from moeprune.scoring.pixels import joined
 
 __all__ = ["NOT_COUNTED", "SLICES", "Batch", "can_pack", "fill_rows", "packed", "unpacked"]
 
@@ -67,7 +68,7 @@ def _padded(rows: Sequence[Document], domains: Sequence[str], pad: int) -> Batch
         for name, value in row.aligned.items():
             aligned.setdefault(name, torch.zeros(shape, dtype=value.dtype))[b, :length] = value
     names = sorted({name for row in rows for name in row.stacked})
-    stacked = {name: torch.cat([row.stacked[name] for row in rows if name in row.stacked]) for name in names}
+    stacked = {name: joined([row.stacked[name] for row in rows if name in row.stacked]) for name in names}
     return Batch({"input_ids": ids_BT, "attention_mask": mask_BT, **aligned, **stacked}, domain_BT, slice_BT)
 
 

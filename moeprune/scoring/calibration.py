@@ -9,7 +9,15 @@ from typing import Any
 from moeprune import console
 from moeprune.errors import UsageError
 from moeprune.scoring.batching import Batch, can_pack, fill_rows, packed, unpacked
-from moeprune.scoring.documents import Document, Encoder, check_vocabulary, domains_of, fingerprint, per_domain
+from moeprune.scoring.documents import (
+    Document,
+    Encoder,
+    check_vocabulary,
+    domains_of,
+    fingerprint,
+    per_domain,
+    sample_digests,
+)
 from moeprune.scoring.images import Reader
 from moeprune.scoring.presets import Plan, plan_for
 from moeprune.scoring.samples import parse_columns
@@ -126,6 +134,7 @@ def _summary(
         "bad_images": encoder.reader.bad,
         "cut_to_max_seq_len": encoder.cut,
         "fingerprint": fingerprint(documents),
+        "sample_digests": sample_digests(documents),
     }
 
 

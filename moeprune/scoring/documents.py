@@ -8,7 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from moeprune import console
 from moeprune.errors import InputError
 from moeprune.metadata import IMAGE
 from moeprune.scoring import images, processors
+from moeprune.scoring.pixels import digest_of, forgotten
 from moeprune.scoring.samples import Sample
 from moeprune.scoring.templates import Refused, Rules, encode, render, thinking_switch
 
+DIGEST_LETTERS = 12  # a million samples make an accidental pair with a chance of 1 in 500
 SLICES = 4  # parts of each domain's samples, to see how stable the scores are
 
 
@@ -114,11 +116,13 @@ class Encoder:
         """A sample with images is used whole or not at all: a cut image is none."""
         made = images.encode_images(sample, self._processor, self.rules, self.reader)
         ids, aligned, stacked = images.split_inputs(made)
+        again = partial(images.encode_again, sample, self._processor, self.rules, self.reader.max_pixels)
         if len(ids) > self.rules.max_seq_len:
             self.skipped["longer than max_seq_len with its images"] += 1
             return None
         tokens = processors.image_tokens(self.config, self._processor)
         uncounted = self._uncounted - tokens
+        stacked = forgotten(stacked, again, sample.origin)
         document = Document(array("i", ids), sample.domain, slice_, frozenset(tokens), uncounted, aligned, stacked)
         if not document.seen:
             raise InputError(f"{sample.origin}: no image tokens in the model's input; its processor is not understood")
@@ -166,13 +170,20 @@ def fingerprint(documents: Sequence[Document]) -> str:
     """Equal for equal tokens, domains, slices and images in the same order."""
     total = hashlib.sha256()
     for document in documents:
-        head = f"{document.domain}\0{document.slice}\0{len(document.ids)}\0".encode()
-        total.update(head + struct.pack(f"<{len(document.ids)}q", *document.ids))
-        for name, value in sorted(document.stacked.items()):
-            total.update(
-                f"{name}{tuple(value.shape)}".encode() + value.contiguous().view(torch.uint8).numpy().tobytes()
-            )
+        total.update(f"{document.domain}\0{document.slice}\0".encode() + _content(document))
     return total.hexdigest()
+
+
+def sample_digests(documents: Sequence[Document]) -> list[str]:
+    """One short digest of each document's tokens and images, by which other runs are seen to have used it too."""
+    return sorted(hashlib.sha256(_content(document)).hexdigest()[:DIGEST_LETTERS] for document in documents)
+
+
+def _content(document: Document) -> bytes:
+    parts = [f"{len(document.ids)}\0".encode(), struct.pack(f"<{len(document.ids)}q", *document.ids)]
+    for name, value in sorted(document.stacked.items()):
+        parts.append(f"{name}\0{digest_of(value)}".encode())
+    return b"".join(parts)
 
 
 def check_vocabulary(documents: Sequence[Document], config: Any) -> None:

@@ -153,6 +153,14 @@ def encode_images(sample: Sample, processor: Any, rules: Rules, reader: Reader) 
     return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
 
+def encode_again(sample: Sample, processor: Any, rules: Rules, max_pixels: int) -> Mapping[str, torch.Tensor]:
+    """The same a second time, when the model is to see it."""
+    try:
+        return encode_images(sample, processor, rules, Reader(max_pixels, 0))
+    except BadImage as problem:
+        raise InputError(f"{problem}, though it could be used before; leave the images in place during a run") from None
+
+
 def split_inputs(
     made: Mapping[str, torch.Tensor],
 ) -> tuple[list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:

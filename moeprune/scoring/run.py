@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -19,22 +19,23 @@ from moeprune.scoring.batching import Batch
 from moeprune.scoring.calibration import Calibration
 from moeprune.scoring.memory import peak
 from moeprune.scoring.observer import Observer
+from moeprune.scoring.pixels import moved
 from moeprune.scoring.resume import SavedState
 from moeprune.scoring.streaming import Forward, LayerStream
 from moeprune.settings import Settings
 
 
-def load_tokenizer(checkpoint: Checkpoint, settings: Settings) -> Any:
-    """The checkpoint's tokenizer."""
+def load_tokenizer(folder: Path, settings: Settings) -> Any:
+    """The tokenizer of a model folder."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
         if len(tokenizer) < 2:  # transformers makes an empty one where the files are missing
             raise ValueError("its vocabulary is empty")
         return tokenizer
     except (ValueError, OSError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{checkpoint.folder} has no tokenizer that transformers {transformers.__version__} can load ({reason}); "
+            f"{folder} has no tokenizer that transformers {transformers.__version__} can load ({reason}); "
             "copy tokenizer.json and tokenizer_config.json from the original model"
         ) from None
 
@@ -56,25 +57,21 @@ def score_experts(
     if state.layer is not None:
         observer.restore(state.sums())
     progress = LayerProgress(stream, calibration.batches, last, state.layer)
-    seen = Pictures(stream, min(stream.order[site.layer] for site in observer.sites))
-    forwards = [forward(batch, seen) for batch in calibration.batches]
+    forwards = [forward(batch) for batch in calibration.batches]
     with attached(observer):
-        stream.run(forwards, watchers=(observer, progress, seen), until=last, state=state)
+        stream.run(forwards, watchers=(observer, progress), until=last, state=state)
     state.remove()
     return observer.result()
 
 
-def forward(batch: Batch, pictures: Pictures | None = None) -> Forward[None]:
+def forward(batch: Batch) -> Forward[None]:
     """The forward of one batch."""
 
     def run(model: PreTrainedModel) -> None:
         called = entrance(model)
         # model.device may be that of a layer that is not loaded.
         device = next(called.get_input_embeddings().parameters()).device
-        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-        inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        if pictures is not None:
-            pictures.shown += [value for value in (*batch.inputs.values(), *inputs.values()) if _is_picture(value)]
+        inputs = {name: moved(value, device, model.dtype) for name, value in batch.inputs.items()}
         called(**inputs, use_cache=False)
 
     return run
@@ -83,34 +80,6 @@ def forward(batch: Batch, pictures: Pictures | None = None) -> Forward[None]:
 def entrance(model: PreTrainedModel) -> Any:
     """What takes token ids: the model itself, or the part of a model of several that thinks before it talks."""
     return model.get_submodule("thinker") if hasattr(model, "thinker") else model
-
-
-def _is_picture(value: torch.Tensor) -> bool:
-    return value.is_floating_point()  # everything else that a model gets is numbers of things
-
-
-class Pictures:
-    """Frees the pixels of all images once the first experts' layer begins: the vision tower has seen them by then.
-
-    Every waiting forward keeps its inputs to its end, so nobody else would.
-    """
-
-    def __init__(self, stream: LayerStream, first: int) -> None:
-        self.stream, self.first = stream, first
-        self.shown: list[torch.Tensor] = []
-
-    def batch_begins(self, batch: int) -> None:
-        """Nothing to free yet."""
-
-    def layer_begins(self, layer: str) -> None:
-        """The first layer with experts waits for the last batch, so every image has been seen."""
-        if self.stream.order[layer] >= self.first:
-            for tensor in self.shown:
-                tensor.data = tensor.new_empty(0)
-            self.shown.clear()
-
-    def layer_ends(self, _layer: str) -> None:
-        """Nothing to free."""
 
 
 class LayerProgress:

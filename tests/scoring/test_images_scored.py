@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moeprune.checkpoint.families import understand
-from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.scoring.batching import unpacked
-from moeprune.scoring.calibration import Calibration
 from moeprune.scoring.documents import Document
-from moeprune.scoring.run import score_experts
 from tests.scoring import streamed
 from tests.scoring.test_oracle import oracle
 
@@ -78,18 +74,3 @@ def test_the_images_reach_the_model(family):
     for b, mask_T in enumerate(batch.inputs["attention_mask"].bool()):
         same = torch.allclose(before_BTV[b][mask_T], after_BTV[b][mask_T], rtol=1e-4, atol=1e-4)
         assert same == (len(first[2].ids) != int(mask_T.sum()))
-
-
-def test_pixels_are_let_go_once_they_were_seen(tmp_path):
-    """A waiting forward holds its inputs to its end, so they are emptied where they are."""
-    folder, made = streamed.checkpoint("qwen3_vl_moe"), documents((96,))
-    plain, data = unpacked(made, DOMAINS, 2, 0), unpacked(made, DOMAINS, 2, 0)
-    opened = open_checkpoint(folder)
-    sums = score_experts(
-        streamed.settings(tmp_path), opened, understand(opened), Calibration(data, DOMAINS, "", {}), "fingerprint"
-    )
-    shown = [batch.inputs["pixel_values"] for batch in data if "pixel_values" in batch.inputs]
-    assert shown
-    assert all(pixels.untyped_storage().nbytes() == 0 for pixels in shown)
-    for a, b in zip(sums.blocks, streamed.score(folder, plain, tmp_path).blocks, strict=True):
-        np.testing.assert_array_equal(a.values["gate_norm_sum"], b.values["gate_norm_sum"])
