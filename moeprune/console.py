@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -74,8 +75,11 @@ _open_line = False
 
 
 def _show_progress_line(text: str, finished: bool) -> None:
+    """A line that is wider than the terminal would wrap, and could not be rewritten; its end is left out."""
     global _open_line
-    sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if finished else ""))
+    width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    shown = text if finished or len(text) < width else text[: width - 2] + "…"
+    sys.stderr.write(f"\r\x1b[K{shown}" + ("\n" if finished else ""))
     sys.stderr.flush()
     _open_line = not finished
 

@@ -74,8 +74,10 @@ class Finding:
     text: str
 
 
-def main(_argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Print every finding; exit code 4 when something is missing that the configured way of running needs."""
+    if argv:
+        raise UsageError(f"doctor takes no arguments ({' '.join(argv)}); it reads .env and the environment")
     settings, problem = _settings()
     found = [Finding("missing", problem)] if problem else [Finding("ok", f".env and environment: {_said(settings)}")]
     found += examine(look(settings), settings, describe_model(settings))

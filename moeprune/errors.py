@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -53,8 +55,10 @@ UNFIT_PLACE = {errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENA
 
 def run(stage: Callable[[list[str]], None]) -> NoReturn:
     """Run a stage with the command line and leave with its exit code; expected ends print one line on stderr."""
+    _in_utf8()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        _refuse_names_that_are_not_utf8()
         stage(sys.argv[1:])
         print(end="", flush=True)  # sys.stdout is None where it was closed
         code = 0
@@ -65,6 +69,25 @@ def run(stage: Callable[[list[str]], None]) -> NoReturn:
     except (Exception, KeyboardInterrupt, Interrupted) as error:  # noqa: BLE001 - the one place that catches all
         code = _report(error)
     sys.exit(code)
+
+
+def _in_utf8() -> None:
+    """Where the locale is another one, begin again in UTF-8 mode: names, data and results are UTF-8 everywhere."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still name another one
+
+
+def _refuse_names_that_are_not_utf8() -> None:
+    """They could be opened, but not written into a result's JSON."""
+    settings = {f"the value of {name}": text for name, text in os.environ.items() if name.startswith("REAP_")}
+    for what, text in {**{ascii(text): text for text in (*sys.argv[1:], str(Path.cwd()))}, **settings}.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{what} is not UTF-8; rename the file or folder") from None
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -82,10 +82,10 @@ def test_disk_and_memory_are_compared_with_the_model():
     assert states(H100, Model("x", problem="not a folder"))["note"] == ["model: not a folder"]
 
 
-def run_doctor(cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moeprune.doctor"]
+def run_doctor(cwd: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moeprune.doctor", *words]
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **environ}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 
 def test_this_machine_and_an_unsound_dotenv(tmp_path):
@@ -94,3 +94,9 @@ def test_this_machine_and_an_unsound_dotenv(tmp_path):
     done = run_doctor(tmp_path, REAP_RUNTIME="native")
     assert done.returncode == 4
     assert ".env:1: write NAME=value" in done.stderr
+
+
+def test_words_it_does_not_know_are_refused(tmp_path):
+    done = run_doctor(tmp_path, "--verbose")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "takes no arguments (--verbose)" in done.stderr

@@ -49,7 +49,7 @@ class Place:
         }
         self.calls_file.unlink(missing_ok=True)
         command = ["bash", str(self.folder / "run.sh"), *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd="/", env=base | environ, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, cwd="/", env=base | environ)
 
     def calls(self, name: str) -> list[str]:
         """The words that a stub was called with, one string per call."""
@@ -123,9 +123,10 @@ def test_a_signal_to_run_sh_reaches_the_step(place):
     env = {"PATH": f"{place.bin}:/usr/bin:/bin", "REAP_PYTHON": str(place.bin / "interpreter")}
     process = subprocess.Popen(["bash", place.folder / "run.sh", "reap"], env=env | {"CALLS": str(place.calls_file)})
     while not place.calls_file.exists() or "started" not in place.calls_file.read_text():
+        assert process.poll() is None
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(timeout=10) == 143
+    assert process.wait() == 143
     assert "caught" in place.calls_file.read_text()
 
 
@@ -202,11 +203,19 @@ def test_serve_runs_on_this_machine_and_knows_where_the_server_belongs(place):
     assert place.calls("interpreter") == ["serve.py stop in "]
 
 
-def test_settings_come_from_dotenv_without_running_it(place):
-    (place.folder / ".env").write_text("REAP_RUNTIME=native\n# REAP_RUNTIME=docker\nREAP_PYTHON=$(touch /tmp/x)\n")
+def test_settings_come_from_dotenv_without_running_it(place, tmp_path):
+    trap = tmp_path / "was run"
+    lines = (
+        "REAP_RUNTIME=native",
+        "# REAP_RUNTIME=docker",
+        f"REAP_PYTHON=$(touch '{trap}')",
+        f"REAP_SEED=`touch '{trap}'`",
+    )
+    (place.folder / ".env").write_text("\n".join(lines) + "\n")
     place.stub("docker")
     assert place.run("reap").returncode == 0
     assert place.calls("interpreter") == ["reap.py"]  # the environment's REAP_PYTHON beats the file's
+    assert not trap.exists()
 
 
 def test_paths_outside_are_mounted_where_they_are(place, tmp_path):

@@ -70,7 +70,7 @@ def command_lines() -> str:
     }
     parts = []
     for name, process in running.items():
-        text, _ = process.communicate(timeout=60)
+        text, _ = process.communicate()
         flags = sorted(set(re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", text, re.MULTILINE)))
         parts.append("\n  ".join([name, *flags]))
     return "\n".join(parts) + "\n"
