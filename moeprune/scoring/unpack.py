@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from moeprune.errors import InputError
+
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ puts the eight values of a word: value i lies in nibble AWQ_ORDER[i]
 
@@ -46,14 +48,29 @@ def spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None
     scale = scale.float()
     if scale.numel() == 1:
         return scale.reshape(())
+    if scale.dim() == 2 * len(shape):  # modelopt keeps an axis of one between blocks
+        scale = scale.reshape(scale.shape[::2])
+    if scale.dim() + 1 == len(shape) == 3 and scale.shape[-1] == shape[-1] != shape[-2]:
+        scale = scale.unsqueeze(-2)  # [E, I, O]: one for each output
     while scale.dim() < len(shape):
         scale = scale.unsqueeze(-1)
     for axis, position in ((-2, 0), (-1, 1)):
         have, want = scale.shape[axis], shape[axis]
         if have not in (1, want):
-            size = block[position] if block and -(-want // block[position]) == have else -(-want // have)
+            size = block_size(want, have, block[position] if block else None)
             scale = scale.repeat_interleave(size, dim=axis).narrow(axis, 0, want)
     return scale
+
+
+def block_size(length: int, blocks: int, said: int | None = None) -> int:
+    """How many neighbours share a scale: what the settings say, where it fits; else an even share or a power of two."""
+    powers = (2**exponent for exponent in range(16))
+    guesses = [said] if said and said > 0 else []
+    guesses += [length // blocks] if length % blocks == 0 else powers
+    size = next((size for size in guesses if -(-length // size) == blocks), 0)
+    if not size:
+        raise InputError(f"{blocks} scales for {length} values: the size of the blocks is unclear")
+    return size
 
 
 def scaled(value: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None = None) -> torch.Tensor:
@@ -62,12 +79,16 @@ def scaled(value: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | No
 
 
 def grouped(
-    value_OI: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, group_I: torch.Tensor | None = None
+    value_OI: torch.Tensor,
+    scale_OG: torch.Tensor,
+    zero_OG: torch.Tensor | None,
+    group_I: torch.Tensor | None = None,
+    group: int | None = None,
 ) -> torch.Tensor:
     """(value - zero) * scale, a group of neighbouring inputs (or the inputs that `group_I` assigns) sharing both."""
     inputs, groups = value_OI.shape[-1], scale_OG.shape[-1]
     if group_I is None:
-        group_I = torch.arange(inputs, device=value_OI.device) // -(-inputs // groups)
+        group_I = torch.arange(inputs, device=value_OI.device) // block_size(inputs, groups, group)
     index_I = group_I.long()
     scale_OI = scale_OG.float().index_select(-1, index_I)
     if zero_OG is None:
@@ -75,15 +96,17 @@ def grouped(
     return (value_OI - zero_OG.index_select(-1, index_I)).float() * scale_OI
 
 
-def awq(qweight_IW: torch.Tensor, qzeros_GW: torch.Tensor, scales_GO: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """AWQ: words of eight outputs in AWQ's own order; [I, O] on disk, [O, I] here."""
+def awq(
+    qweight_IW: torch.Tensor, qzeros_GW: torch.Tensor, scales_GO: torch.Tensor, bits: int = 4, group: int | None = None
+) -> torch.Tensor:
+    """AWQ: words of eight outputs in AWQ's own order; [I, O] on disk, [O, I] here. Other bits lie in plain order."""
     order = torch.tensor(AWQ_ORDER, device=qweight_IW.device)
 
     def outputs(words: torch.Tensor) -> torch.Tensor:
-        eights = integers(words, bits).view(*words.shape, 32 // bits)
-        return eights[..., order].flatten(-2)
+        values = integers(words, bits, scales_GO.shape[-1])
+        return values.unflatten(-1, (-1, 8))[..., order].flatten(-2) if bits == 4 else values
 
-    return grouped(outputs(qweight_IW).mT, scales_GO.mT, outputs(qzeros_GW).mT)
+    return grouped(outputs(qweight_IW).mT, scales_GO.mT, outputs(qzeros_GW).mT, group=group)
 
 
 def gptq(
@@ -94,6 +117,7 @@ def gptq(
     *,
     bits: int,
     first_version: bool,
+    group: int | None = None,
 ) -> torch.Tensor:
     """GPTQ: inputs packed down the columns. The first version of the format stores zero points less one."""
     value_OI = integers(qweight_WO.mT.contiguous(), bits)
@@ -102,7 +126,7 @@ def gptq(
         zero_GO = (zero_GO + 1) & (2**bits - 1)
     if group_I is not None:
         value_OI = value_OI[..., : len(group_I)]
-    return grouped(value_OI, scales_GO.mT, zero_GO.mT, group_I)
+    return grouped(value_OI, scales_GO.mT, zero_GO.mT, group_I, group)
 
 
 def bitsandbytes_4bit(
@@ -122,3 +146,9 @@ def nested_absmax(
     """bitsandbytes scales that were quantized themselves."""
     value = table.float()[absmax.int()]
     return value * scale.float().repeat_interleave(blocksize)[: len(value)] + offset
+
+
+def signed_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """modelopt's INT4: two neighbouring outputs a byte, the low nibble first; [O/2, I] on disk, [O, I] here."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-2).flatten(-3, -2).to(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles)
