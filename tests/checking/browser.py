@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PATIENCE_S = 300  # ends a test that hangs; nothing is measured by it
 PROGRAM = next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
@@ -55,7 +56,7 @@ class Browser:
         if self.session:
             message["sessionId"] = self.session
         os.write(self.write_end, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             answer = self._next(deadline)
             if answer.get("id") == self.number:
@@ -96,7 +97,8 @@ class Browser:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call("Page.navigate", url=page.resolve().as_uri())
-        for _ in range(200):
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
             if self.run("document.readyState") == "complete" and self.run("location.href") != "about:blank":
                 return
             time.sleep(0.02)

@@ -50,4 +50,4 @@ def run(*argv: str, cwd: Path, **environment: str) -> subprocess.CompletedProces
     """Run the stage as its own process, with a clean environment."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("REAP_")} | environment
     command = [sys.executable, str(ROOT / "prune_model.py"), *argv]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
