@@ -89,9 +89,7 @@ class Checkout:
         """Any command as the caller."""
         user = ("setpriv", f"--reuid={CALLER}", f"--regid={CALLER}", "--clear-groups") if os.getuid() == 0 else ()
         full = self.environ | environ
-        return subprocess.run(
-            [*user, *command], cwd=self.folder, env=full, capture_output=True, text=True, timeout=1200
-        )
+        return subprocess.run([*user, *command], cwd=self.folder, env=full, capture_output=True, text=True)
 
     def read(self, name: str) -> dict:
         """A JSON file of the checkout."""

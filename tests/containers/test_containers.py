@@ -16,6 +16,7 @@ import pytest
 
 from tests.containers.conftest import CALLER, ROOT, STATE
 from tests.contracts.documents import passed_to_steps
+from tests.serving.servers import PATIENCE_S, reserved_port
 
 SMALLER = {"REAP_GENERATIONS": "40", "REAP_EVALUATION_SAMPLES": "40"}  # they also show that the shell reaches a step
 
@@ -196,16 +197,17 @@ def test_serve_and_stop_through_compose(checkout, demo):
     (context / "Dockerfile").write_text("FROM moeprune\nENV PYTHONPATH=/stand-in\nCOPY . /stand-in\n")
     built = checkout.call("docker", "build", "-t", "localhost/vllm-stand-in", str(context))
     assert built.returncode == 0, built.stderr
-    settings = {"REAP_SERVE_IMAGE": "localhost/vllm-stand-in", "REAP_SERVE_TIMEOUT": "60", "REAP_SERVE_PORT": "8127"}
+    settings = {"REAP_SERVE_IMAGE": "localhost/vllm-stand-in", "REAP_SERVE_TIMEOUT": str(PATIENCE_S)}
     words = ("--pruned-output-path", "output/demo/pruned")
-    try:
-        done = checkout.run("--docker", "serve", "pruned", *words, **settings)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.strip() == "http://127.0.0.1:8127/v1"
-        with urllib.request.urlopen("http://127.0.0.1:8127/v1/models", timeout=5) as response:
-            assert response.status == 200
-    finally:
-        stopped = checkout.run("stop")
+    with reserved_port() as port:
+        try:
+            done = checkout.run("--docker", "serve", "pruned", *words, "--serve-port", str(port), **settings)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert done.stdout.strip() == f"http://127.0.0.1:{port}/v1"
+            with urllib.request.urlopen(f"{done.stdout.strip()}/models", timeout=PATIENCE_S) as response:
+                assert response.status == 200
+        finally:
+            stopped = checkout.run("stop")
     assert "stopped pruned" in stopped.stderr
     left = checkout.call("docker", "compose", "--profile", "serve", "ps", "--all", "--quiet").stdout
     assert left == ""
@@ -225,8 +227,8 @@ def test_a_signal_ends_the_step_and_leaves_no_container(checkout, blow, code):
     )
     assert process.stdout.readline() == "up\n"
     os.killpg(process.pid, blow) if blow == signal.SIGINT else process.send_signal(blow)
-    assert process.wait(timeout=70) == code
-    end = time.monotonic() + 10
-    while checkout.call("docker", "ps", "--all", "--quiet", "--filter", "name=moeprune-").stdout:
+    assert process.wait() == code
+    end = time.monotonic() + PATIENCE_S
+    while checkout.call("docker", "ps", "--all", "--quiet", "--filter", f"name=moeprune-{process.pid}").stdout:
         assert time.monotonic() < end, "the container is still there"
         time.sleep(0.2)
