@@ -12,21 +12,20 @@ from moeprune import console, errors
 from moeprune.errors import InputError, UsageError
 from moeprune.metadata import Sums, digest, header, is_current, read_result, write_json
 from moeprune.planning.combine import add, check_inputs, total_of
-from moeprune.planning.decision import choose_count, decide, samples_by_domain
-from moeprune.planning.plan import Limits
+from moeprune.planning.decision import Model, check_words, proposal
+from moeprune.results import FILES, SCORES
 from moeprune.settings import Settings, parser, resolve
-
-KIND = "reap_metadata"
 
 
 def main(argv: list[str]) -> None:
     """Check that the runs belong together, add them, plan, and write the whole beside nothing of value."""
     files, flags = split(argv)
     settings = resolve("combine", flags)
-    target = settings.output_path / "reap_metadata.json"
-    runs = [read_result(path, KIND) for path in files]
+    check_words(settings)
+    target = settings.output_path / FILES[SCORES]
+    runs = [read_result(path, SCORES) for path in files]
     made_from = digest("combined", *sorted(str(run.get("inputs", {}).get("fingerprint")) for run in runs))
-    if is_current(target, KIND, made_from) and not settings.force:
+    if is_current(target, SCORES, made_from) and not settings.force:
         console.say(f"{target} is current: the same runs; --force adds them again")
     elif target.exists() and not settings.force:
         raise UsageError(f"{target} holds other scores; choose another folder with --output-path, or pass --force")
@@ -58,38 +57,14 @@ def combined(
     sums = reduce(add, (Sums.from_json(run["scores"]) for run in runs))
     calibration = total_of([entry.get("calibration", {}) for entry in inputs])
     return {
-        **header(KIND, ("numpy",)),
+        **header(SCORES, ("numpy",)),
         "settings": settings.public(),
         "inputs": {"fingerprint": made_from, "model": inputs[0]["model"], "calibration": calibration},
         "scores": sums.to_json(),
-        "plan": planned(settings, runs[0], sums, calibration),
+        "plan": proposal(settings, sums, Model.of_run(runs[0]), calibration),
         "warnings": console.warnings(),
         "timing": {},
     }
-
-
-def planned(
-    settings: Settings, run: Mapping[str, Any], sums: Sums, calibration: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """The plan at the configured ratio, or nothing: the sums are the result, and stage 2 plans anew."""
-    model = run["inputs"]["model"]
-    scored = {block.block for block in sums.blocks}
-    samples = samples_by_domain(calibration)
-    try:
-        limits = Limits(model["experts"], model["top_k"], model["groups"], model["top_groups"], model.get("run", 1))
-    except KeyError as missing:
-        console.warn(f"no plan was made: the runs do not say {missing} of their model")
-        return None
-    try:
-        unscored = {name: limits.experts for name in (run.get("plan") or {}).get("keep", {}) if name not in scored}
-        count = choose_count(settings, limits, model.get("model_type", "")).count
-        made = decide(settings, sums, count, limits, unscored=unscored, samples=samples)
-    except UsageError as error:
-        console.warn(f"no plan was made: {error}")
-        return None
-    for line in made.sentences():
-        console.say(line)
-    return made.to_json()
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ from moeprune.checkpoint.families import Layout, largest, scopes, understand
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.outline import Outline, open_outline
 from moeprune.console import duration, say, size
-from moeprune.errors import InputError, StageError, UsageError
+from moeprune.errors import InputError, StageError
 from moeprune.planning import forecast
+from moeprune.planning.decision import check_words
 from moeprune.planning.forecast import Bits, Rates, Weights, Work
-from moeprune.pruning.choice import SCORES, bytes_per_expert
+from moeprune.pruning.choice import bytes_per_expert
 from moeprune.pruning.result import BASE_MEMORY, MEMORY_PER_TENSOR
-from moeprune.settings import Settings, ratio, resolve
+from moeprune.results import FILES, SCORES
+from moeprune.settings import Settings, listed, ratio, resolve
 
 COMPUTE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
@@ -31,6 +33,7 @@ COMPUTE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 def main(argv: list[str]) -> None:
     """Headers -> sizes -> what each stage takes -> a table and JSON."""
     settings = resolve("plan", argv)
+    check_words(settings)
     outline = open_outline(settings.model_path, settings.hf_token)
     result = foretell(settings, outline)
     show(result)
@@ -47,7 +50,8 @@ def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
     judged = settings.evaluation_samples * settings.max_seq_len
     work = Work(judged, BASE_MEMORY, MEMORY_PER_TENSOR)
     cuts = [
-        forecast.variant(wish, layout, weights, rates, work) for wish in forecast.wishes(settings, ratios_of(settings))
+        forecast.variant(wish, layout, weights, rates, work)
+        for wish in forecast.wishes(settings, [ratio(text) for text in listed(settings.ratios)])
     ]
     scores_here = outline.checkpoint.container == "safetensors"
     if not scores_here:
@@ -96,8 +100,8 @@ def weights_of(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> We
 
 def earlier_run(settings: Settings) -> dict[str, Any] | None:
     """The result of an earlier scoring in the output folder, if there is one."""
-    path = settings.output_path / SCORES
-    return metadata.read_result(path, "reap_metadata") if path.is_file() else None
+    path = settings.output_path / FILES[SCORES]
+    return metadata.read_result(path, SCORES) if path.is_file() else None
 
 
 def rates_of(settings: Settings, earlier: dict[str, Any] | None) -> Rates:
@@ -137,14 +141,6 @@ def calibration_tokens(settings: Settings, earlier: dict[str, Any] | None) -> tu
         if counted:
             return int(counted), "counted by an earlier run on the same data"
     return settings.max_samples * settings.max_seq_len, "at most: --max-samples x --max-seq-len"
-
-
-def ratios_of(settings: Settings) -> list[float]:
-    """The ratios to show."""
-    try:
-        return [ratio(text.strip()) for text in settings.ratios.split(",") if text.strip()]
-    except ValueError as error:
-        raise UsageError(f"--ratios {settings.ratios}: {error}") from None
 
 
 def show(result: dict[str, Any]) -> None:

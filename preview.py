@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeprune import errors, settings
+from moeprune.planning.decision import check_words
 
 
 def main(argv: list[str]) -> None:
     """Resolve the settings before the heavy imports, so that a typing error costs no time."""
     chosen = settings.resolve("preview", argv)
+    for metric in settings.listed(chosen.metrics) or [chosen.metric]:
+        check_words(replace(chosen, metric=metric))
     from moeprune.checking import preview
 
     preview.main(chosen)

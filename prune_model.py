@@ -14,6 +14,7 @@ from moeprune import console, errors
 from moeprune.checkpoint import families, formats, writer
 from moeprune.checkpoint.folder import locate_model, open_checkpoint, warn_of_other_weights
 from moeprune.console import say
+from moeprune.planning.decision import check_words
 from moeprune.pruning import result
 from moeprune.pruning.choice import choose, gone_tensors, without
 from moeprune.pruning.result import Result
@@ -23,6 +24,7 @@ from moeprune.settings import resolve
 def main(argv: list[str]) -> None:
     """Scores or a plan -> one action for every tensor -> a new folder beside -> proof -> its name."""
     settings = resolve("prune", argv)
+    check_words(settings)
     checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
     layout = families.understand(checkpoint)
     formats.check_cuttable(checkpoint, layout)

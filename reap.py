@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,15 @@ from moeprune import VERSION, console, errors
 from moeprune.checking import report
 from moeprune.checkpoint.families import Layout, understand
 from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
-from moeprune.metadata import Sums, claimed, digest, header, is_current, read_result, to_text, write_json
-from moeprune.planning.decision import PLANNING, check_wishes, choose_count, decide, samples_by_domain
+from moeprune.metadata import Sums, claimed, digest, header, is_current, plain, read_result, to_text, write_json
+from moeprune.planning.decision import PLANNING, Model, check_wishes, check_words, proposal
 from moeprune.planning.plan import Limits
+from moeprune.results import FILES, SCORES
 from moeprune.settings import FIELDS, Settings, resolve
 
 if TYPE_CHECKING:
     from moeprune.scoring.calibration import Calibration
 
-KIND = "reap_metadata"
 # Settings that do not change what is measured; all others of this stage are part of the fingerprint.
 IRRELEVANT = {"model_path", "output_path", "device", "hidden_memory", "force", "hf_token"} | PLANNING
 MEASURING = {f.name for f in FIELDS if "reap" in f.metadata["stages"]} - IRRELEVANT
@@ -30,12 +29,13 @@ MEASURING = {f.name for f in FIELDS if "reap" in f.metadata["stages"]} - IRRELEV
 def main(argv: list[str]) -> None:
     """Score, plan, and write both down."""
     settings = resolve("reap", argv)
+    check_words(settings)
     begun = time.monotonic()
     checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
     layout = understand(checkpoint)
-    result = settings.output_path / "reap_metadata.json"
+    result = settings.output_path / FILES[SCORES]
     made_from = inputs_fingerprint(settings, checkpoint)
-    if not settings.force and is_current(result, KIND, made_from):
+    if not settings.force and is_current(result, SCORES, made_from):
         console.say(f"{result} is current: same model, calibration and settings; --force scores again")
         plan_again(result, settings, layout)
     else:
@@ -56,21 +56,22 @@ def inputs_fingerprint(settings: Settings, checkpoint: Checkpoint) -> str:
 def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from: str, begun: float) -> dict[str, Any]:
     """The whole result as JSON. torch and transformers are imported from here on."""
     console.say(f"model: {describe(checkpoint, layout)}")
+    check_wishes(settings, Model.of(layout))
     from moeprune.scoring.building import read_config
     from moeprune.scoring.calibration import load_calibration
     from moeprune.scoring.run import load_tokenizer, score_experts
 
-    tokenizer = load_tokenizer(checkpoint, settings)
+    tokenizer = load_tokenizer(checkpoint.folder, settings)
     calibration = load_calibration(settings, tokenizer, read_config(checkpoint, settings))
-    check_wishes(settings, limits_of(layout), layout.model_type, calibration.domains)
+    check_wishes(settings, Model.of(layout), calibration.domains)
     scoring_begun = time.monotonic()
     resumable = digest(made_from, calibration.fingerprint, settings.device)  # the same bits need the same device
     sums = score_experts(settings, checkpoint, layout, calibration, resumable)
     seconds = time.monotonic() - scoring_begun
     summarise(sums, calibration, seconds)
-    plan = planned(settings, layout, sums, calibration.summary)
+    plan = proposal(settings, sums, Model.of(layout), calibration.summary)
     return {
-        **header(KIND, ("torch", "transformers", "safetensors", "numpy")),
+        **header(SCORES, ("torch", "transformers", "safetensors", "numpy")),
         "settings": settings.public(),
         "inputs": {
             "fingerprint": made_from,
@@ -101,49 +102,22 @@ def model_facts(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
         "model_type": layout.model_type,
         "total_bytes": checkpoint.total_bytes,
         "blocks": len(layout.blocks),
-        "experts": layout.experts,
-        "top_k": layout.top_k,
-        "groups": layout.groups,
-        "top_groups": layout.top_groups,
-        "run": layout.run,
+        **plain(Limits.of(layout)),
+        "trunk": [block.name for block in layout.blocks if block.role == "trunk"],
     }
-
-
-def limits_of(layout: Layout) -> Limits:
-    """What the router demands of the number of experts."""
-    return Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
-
-
-def planned(settings: Settings, layout: Layout, sums: Sums, calibration: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The plan at the configured ratio, or nothing: scores alone are a result too, and stage 2 plans anew."""
-    limits = limits_of(layout)
-    choice = choose_count(settings, limits, layout.model_type)
-    scored = {block.block for block in sums.blocks}
-    unscored = {block.name: block.experts for block in layout.blocks if block.name not in scored}
-    trunk = [block.name for block in layout.blocks if block.role == "trunk"]
-    for warning in choice.warnings:
-        console.warn(warning)
-    samples = samples_by_domain(calibration)
-    try:
-        made = decide(settings, sums, choice.count, limits, trunk=trunk, unscored=unscored, samples=samples)
-    except errors.UsageError as error:
-        console.warn(f"no plan was made: {error}")
-        return None
-    for line in made.sentences():
-        console.say(line)
-    return made.to_json()
 
 
 def plan_again(result: Path, settings: Settings, layout: Layout) -> None:
     """The plan from stored sums where the wishes for it have changed; nothing is scored."""
-    data = read_result(result, KIND)
+    data = read_result(result, SCORES)
     then, now = data["settings"]["values"], settings.public()["values"]
     if all(then.get(name) == now[name] for name in PLANNING):
         return
     console.say("the wishes for the plan have changed: planning again from the same scores")
     sums = Sums.from_json(data["scores"])
-    check_wishes(replace(settings, scoring_mode=sums.mode), limits_of(layout), layout.model_type, sums.domains)
-    plan = planned(settings, layout, sums, data["inputs"]["calibration"])
+    model = Model.of(layout)
+    check_wishes(replace(settings, scoring_mode=sums.mode), model, sums.domains)
+    plan = proposal(settings, sums, model, data["inputs"]["calibration"])
     warnings = list(dict.fromkeys([*data["warnings"], *console.warnings()]))
     write_json(result, {**data, "settings": settings.public(), "plan": plan, "warnings": warnings})
     report.write(settings.output_path)

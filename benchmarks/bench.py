@@ -40,7 +40,7 @@ from moeprune.metadata import Sums, write_json  # noqa: E402
 from moeprune.planning import plan, saliency  # noqa: E402
 from moeprune.scoring.building import read_config  # noqa: E402
 from moeprune.scoring.calibration import load_calibration  # noqa: E402
-from moeprune.scoring.run import score_experts  # noqa: E402
+from moeprune.scoring.run import load_tokenizer, score_experts  # noqa: E402
 from moeprune.settings import Settings  # noqa: E402
 
 MODEL = DEMO / "model"
@@ -75,16 +75,16 @@ class Loss:
 class Bench:
     """The parent with everything that a cut is compared with."""
 
-    def __init__(self, samples_per_domain: int) -> None:
-        settings = Settings(model_path=str(MODEL), device="cpu")
-        self.checkpoint = open_checkpoint(MODEL)
+    def __init__(self, samples_per_domain: int, model: Path = MODEL) -> None:
+        settings = Settings(model_path=str(model), device="cpu")
+        self.checkpoint = open_checkpoint(model)
         self.layout = understand(self.checkpoint)
-        self.tokenizer = subject.load_tokenizer(MODEL, settings)
+        self.tokenizer = load_tokenizer(model, settings)
         self.held_out = _first(samples.load_samples(str(DEMO / "evaluation.jsonl"), EVERYTHING, 0), samples_per_domain)
         self.batches = samples.batches(self.held_out, self.tokenizer, 512, ROWS)
         self.domains = tuple(sorted({sample.domain for sample in self.held_out}))
         self.answered = tuple(sorted({sample.domain for sample in self.held_out if sample.answer}))
-        self.parent = subject.Loaded(MODEL, settings)
+        self.parent = subject.Loaded(model, settings)
         self.parent.model.set_attn_implementation("eager")  # the fastest on a CPU for rows as short as these
         self.states = self.parent.variants(self.batches, [None])[0]
         self.asked = {identity(Sample(s.prompt or s.text, s.answer)) for s in self.held_out if s.domain != "facts"}
@@ -93,7 +93,7 @@ class Bench:
     @property
     def limits(self) -> plan.Limits:
         """What the demo model's router demands."""
-        return plan.Limits(self.layout.experts, self.layout.top_k)
+        return plan.Limits.of(self.layout)
 
     def kept(self, ratio: float) -> int:
         """How many experts of a layer stay."""
@@ -111,22 +111,25 @@ class Bench:
                 lines.append({"domain": domain, **text})
         return lines
 
-    def score(self, lines: Sequence[Mapping[str, str]], modes: Sequence[str] = ("routed",)) -> dict[str, Scored]:
+    def score(
+        self, lines: Sequence[Mapping[str, str]], modes: Sequence[str] = ("routed",), special_tokens: str = ""
+    ) -> dict[str, Scored]:
         """The sums of each scoring mode on these samples."""
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             path = Path(folder) / "calibration.jsonl"
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            return {mode: self._scored(path, mode) for mode in modes}
+            return {mode: self._scored(path, mode, special_tokens) for mode in modes}
 
-    def _scored(self, path: Path, mode: str) -> Scored:
+    def _scored(self, path: Path, mode: str, special_tokens: str) -> Scored:
         settings = Settings(
-            model_path=str(MODEL),
+            model_path=str(self.checkpoint.folder),
             calibration_path=str(path),
             output_path=path.parent,
             max_samples=EVERYTHING,
             batch_size=ROWS,
             device="cpu",
             scoring_mode=mode,
+            **({"special_tokens": special_tokens} if special_tokens else {}),
         )
         data = load_calibration(settings, self.tokenizer, read_config(self.checkpoint, settings))
         begun = time.process_time()

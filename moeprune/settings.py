@@ -39,6 +39,18 @@ def ratio(text: str) -> float:
     return value
 
 
+def listed(text: str) -> list[str]:
+    """Words between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def ratios(text: str) -> str:
+    """Ratios between commas, as they were written; `listed` and `ratio` take them apart."""
+    for part in listed(text):
+        ratio(part)
+    return text
+
+
 def whole(text: str) -> int:
     """A whole number."""
     try:
@@ -232,7 +244,9 @@ class Settings:
     evaluation_samples: int = setting(
         512, positive, "plan preview test", "held-out samples to compare the two models on at most"
     )
-    ratios: str = setting("0.125,0.25,0.375,0.5,0.625,0.75", str, "plan preview", "ratios to preview, comma separated")
+    ratios: str = setting(
+        "0.125,0.25,0.375,0.5,0.625,0.75", ratios, "plan preview", "ratios to preview, comma separated"
+    )
     metrics: str = setting("", str, "preview", "metrics to preview, comma separated; empty: the one of --metric")
     plans: str = setting("", str, "preview", "JSON files with plans to preview besides, comma separated")
     endpoint: str = setting(

@@ -8,10 +8,11 @@ from typing import Any
 
 from moeprune import console, errors, metadata
 from moeprune.errors import UsageError
+from moeprune.results import FILES, SCORES, VERDICT
 
-FILES = {
-    "reap_metadata.json": "the scores of all experts",
-    "test_report.json": "every number of the judge",
+SHOWN = {
+    FILES[SCORES]: "the scores of all experts",
+    FILES[VERDICT]: "every number of the judge",
     "report.html": "the same for reading, with pictures",
 }
 
@@ -26,14 +27,14 @@ def main(argv: list[str]) -> None:
 
 def lines(folder: Path) -> Iterator[str]:
     """The summary, line by line."""
-    report = metadata.read_result(folder / "test_report.json", "test_report")
+    report = metadata.read_result(folder / FILES[VERDICT], VERDICT)
     pruned, parent = report["inputs"]["pruned"], report["inputs"]["parent"]
     yield ""
     yield f"size     {console.size(parent['bytes'])} -> {console.size(pruned['bytes'])}"
     yield from _quality(report)
     yield f"verdict  {report['verdict']}"
     yield f"model    {pruned['path']}"
-    for name, meaning in FILES.items():
+    for name, meaning in SHOWN.items():
         if (folder / name).exists():
             yield f"         {folder / name}: {meaning}"
 

@@ -10,10 +10,10 @@ from typing import Any
 from moeprune import VERSION, metadata
 from moeprune.checkpoint import folder as checkpoints
 from moeprune.errors import InputError
+from moeprune.results import CUT, FILES, SCORES, newest_model
 from moeprune.settings import Settings
 
-# Files of the pruned folder that know the plan; the strongest first.
-RECIPES = {"pruning.json": "pruned_model", "reap_metadata.json": "reap_metadata"}
+RECIPES = (CUT, SCORES)  # results in the pruned folder that know the plan; the strongest first
 SHAPING = ("seed", "dtype", "device", "max_seq_len", "evaluation_samples", "generations", "max_new_tokens", "max_kl",
            "max_loss_increase", "min_same_top", "max_broken", "judge_memory", "endpoint", "parent_endpoint",
            "served_model", "api", "lm_eval")  # fmt: skip
@@ -31,10 +31,10 @@ class Case:
 
 def find(settings: Settings) -> Case:
     """The pruned folder (named, or the newest in the output folder), its parent and its plan."""
-    pruned = Path(settings.pruned_output_path) if settings.pruned_output_path else _newest(settings.output_path)
+    pruned = Path(settings.pruned_output_path) if settings.pruned_output_path else newest_model(settings.output_path)
     if not (pruned / "config.json").is_file():
         raise InputError(f"no pruned model at {pruned}; run the prune stage or pass --pruned-output-path")
-    recipes = [_recipe(pruned / name, kind) for name, kind in RECIPES.items()]
+    recipes = [_recipe(pruned / FILES[kind], kind) for kind in RECIPES]
     keep = next((found for recipe in recipes if (found := plan_of(recipe))), None)
     paths = [recipe.get("inputs", {}).get("model", {}).get("path", "") for recipe in recipes]
     named = settings.model_path or next(filter(None, paths), "")
@@ -52,14 +52,6 @@ def plan_of(recipe: dict[str, Any]) -> dict[str, list[int]] | None:
     """Block -> experts that stayed, from either kind of recipe."""
     keep = recipe.get("keep") or (recipe.get("plan") or {}).get("keep")
     return keep if isinstance(keep, dict) else None
-
-
-def _newest(output: Path) -> Path:
-    found = [path for name in RECIPES for path in output.glob(f"*/{name}") if path.parent.suffix != ".partial"]
-    made = [path for path in found if (path.parent / "config.json").is_file()]  # not a folder of results alone
-    if not made:
-        raise InputError(f"no pruned model in {output}; run the prune stage or pass --pruned-output-path")
-    return max(made, key=lambda path: path.stat().st_mtime).parent
 
 
 def _recipe(path: Path, kind: str) -> dict[str, Any]:
@@ -80,5 +72,5 @@ def fingerprint(case: Case | None, settings: Settings) -> str:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes in the weight files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    """Bytes of the weight files that belong to the checkpoint; copies of it beside them do not count."""
+    return sum(shard.stat().st_size for shard in checkpoints.open_checkpoint(folder).shards)

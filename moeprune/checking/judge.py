@@ -15,10 +15,11 @@ from moeprune import console, metadata
 from moeprune.checking import checks, comparison, endpoint, generation, samples, structure, subject
 from moeprune.checking.case import Case, weight_bytes
 from moeprune.errors import MachineError
+from moeprune.results import VERDICT
 from moeprune.scoring.memory import available
+from moeprune.scoring.run import load_tokenizer
 from moeprune.settings import Settings
 
-KIND = "test_report"
 GENERATING_TOKENS = 16_384  # prompt and new tokens in one batch of greedy generation
 MARGIN = 1.3  # activations, caches and logits beside the weights
 Data = tuple[Sequence[samples.Sample], Sequence[samples.Sample]]  # to compare on, to generate from
@@ -30,7 +31,7 @@ def judge(case: Case | None, settings: Settings, key: str) -> dict[str, Any]:
     counts = (settings.evaluation_samples, settings.generations)
     held_out, written = (samples.load_samples(settings.evaluation_path, count, settings.seed) for count in counts)
     found = endpoint.compare(settings, written) if case is None else _compare(case, settings, (held_out, written))
-    report = metadata.header(KIND, ("torch", "transformers")) | {
+    report = metadata.header(VERDICT, ("torch", "transformers")) | {
         "settings": settings.public(),
         "inputs": _inputs(case, settings, key, held_out),
         "not_tested": {},
@@ -66,7 +67,7 @@ def _inputs(case: Case | None, settings: Settings, key: str, held_out: Sequence[
 
 def _compare(case: Case, settings: Settings, data: Data) -> dict[str, Any]:
     """Everything that compares: in memory when both models fit, else streamed, without generation."""
-    tokenizer = subject.load_tokenizer(case.pruned, settings)
+    tokenizer = load_tokenizer(case.pruned, settings)
     needed = sum(weight_bytes(folder) for folder in (case.pruned, case.parent) if folder)
     free = settings.judge_memory or _free(settings)
     why = f"the weights take {console.size(needed)}, {console.size(free)} are free: streamed, without generation"

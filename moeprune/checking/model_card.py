@@ -9,6 +9,7 @@ from typing import Any
 
 from moeprune import console, metadata
 from moeprune.checking.report.before import model_name
+from moeprune.results import CUT, FILES, SCORES
 
 NAME, PARENTS = "README.md", "README.parent.md"
 MARK = "<!-- made by moeprune -->"
@@ -23,9 +24,9 @@ def write(pruned: Path, parent: Path | None, report: Json) -> Path:
         card.replace(pruned / PARENTS)
     source = next((f for f in (pruned / PARENTS, *([parent / NAME] if parent else [])) if f.is_file()), None)
     recipe = {}
-    for name, kind in (("reap_metadata.json", "reap_metadata"), ("pruning.json", "pruned_model")):
-        if (pruned / name).is_file():
-            recipe[kind] = metadata.read_result(pruned / name, kind)
+    for kind in (SCORES, CUT):
+        if (pruned / FILES[kind]).is_file():
+            recipe[kind] = metadata.read_result(pruned / FILES[kind], kind)
     partial = card.with_name(NAME + ".partial")
     licences = sorted(path.name for path in pruned.glob("LICEN[SC]E*"))
     partial.write_text(text(recipe, report, front_matter(_read(source) if source else ""), licences), encoding="utf-8")
@@ -51,8 +52,8 @@ def front_matter(card: str) -> dict[str, list[str]]:
 
 
 def text(recipe: Json, report: Json, inherited: Mapping[str, list[str]], licences: list[str]) -> str:
-    """The whole card. `recipe` holds the results "reap_metadata" and "pruned_model" where they are known."""
-    scores, cut = recipe.get("reap_metadata", {}), recipe.get("pruned_model", {})
+    """The whole card. `recipe` holds the results SCORES and CUT where they are known."""
+    scores, cut = recipe.get(SCORES, {}), recipe.get(CUT, {})
     name = model_name(dict(scores), dict(report))
     parts = [
         _head(_hub_name(scores), inherited),
@@ -151,7 +152,7 @@ def _recipe(scores: Json, cut: Json, report: Json) -> list[str]:
         f"- judged on: {held.get('source')}, {held.get('samples')} samples" if held else "",
         f"- tool: {tool.get('name')} {tool.get('version')} ({tool.get('git_commit')})" if tool else "",
     ]
-    which = [f"`{name}`" for name, there in (("pruning.json", cut), ("reap_metadata.json", scores)) if there]
+    which = [f"`{FILES[kind]}`" for kind, there in ((CUT, cut), (SCORES, scores)) if there]
     listed = "\n".join(_plain(line) for line in lines if line)
     return [listed, f"Everything needed to make it again lies in {' and '.join(which)}." if which else ""]
 

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import VERSION, console, metadata
-from moeprune.checking import fidelity, report, samples, subject
+from moeprune.checking import fidelity, report, samples
 from moeprune.checking.streamed import Streamed
 from moeprune.checkpoint.families import Layout, understand
 from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
-from moeprune.errors import InputError, UsageError
+from moeprune.errors import InputError
 from moeprune.planning import decision
-from moeprune.planning.plan import Limits
-from moeprune.pruning.choice import SCORES, bytes_per_expert, check, read_plan
-from moeprune.settings import Settings, ratio
+from moeprune.pruning.choice import bytes_per_expert, check, read_plan
+from moeprune.results import FILES, PREVIEW, SCORES
+from moeprune.scoring.run import load_tokenizer
+from moeprune.settings import Settings, listed, ratio
 
-KIND = "preview"
 SHAPING = ("dtype", "seed", "max_seq_len", "evaluation_samples", "ratios", "metrics", "metric", "blend", "weights",
            "protect", "max_kl", "max_loss_increase", "device", "other_scores")  # fmt: skip
 
@@ -44,19 +44,19 @@ def main(settings: Settings) -> None:
     """Preview and write output/preview.json; stdout gets its path."""
     checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
     layout = understand(checkpoint)
-    target = settings.output_path / f"{KIND}.json"
-    scores = settings.output_path / SCORES
-    named = [settings.evaluation_path, *_names(settings.plans), str(scores)]
+    target = settings.output_path / FILES[PREVIEW]
+    scores = settings.output_path / FILES[SCORES]
+    named = [settings.evaluation_path, *listed(settings.plans), str(scores)]
     files = [Path(name) for name in named if Path(name).is_file()]
     values = [str(getattr(settings, name)) for name in SHAPING]
     key = metadata.digest(VERSION, fingerprint(checkpoint), *values, *files)
-    if not settings.force and metadata.is_current(target, KIND, key):
+    if not settings.force and metadata.is_current(target, PREVIEW, key):
         console.say(f"{target} is current; --force previews again")
     else:
         found = variants(settings, checkpoint, layout)
         metadata.write_json(target, measure(settings, checkpoint, found, layout, key))
         report.write(settings.output_path)
-    show(metadata.read_result(target, KIND))
+    show(metadata.read_result(target, PREVIEW))
     print(target)
 
 
@@ -72,44 +72,32 @@ def variants(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> list
     return list(unique.values())
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _ratios(text: str) -> list[float]:
-    try:
-        return [ratio(name) for name in _names(text)]
-    except ValueError as error:
-        raise UsageError(f"--ratios {text}: {error}") from None
-
-
 def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> list[Variant]:
-    path = settings.output_path / SCORES
+    path = settings.output_path / FILES[SCORES]
     if not path.exists():
         if settings.plans:
             return []
         raise InputError(f"no scores at {path}; run reap.py on the model first, or give --plans")
-    data = metadata.read_result(path, "reap_metadata")
+    data = metadata.read_result(path, SCORES)
     scored = data["inputs"]["model"].get("fingerprint")
     if not settings.other_scores and scored != fingerprint(checkpoint):
         raise InputError(f"the scores in {path} were made on another model; run reap.py on it, or pass --other-scores")
     sums = metadata.Sums.from_json(data.get("scores", {}))
-    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
-    trunk = [block.name for block in layout.blocks if block.role == "trunk"]
+    model, calibration = decision.Model.of(layout), data["inputs"].get("calibration", {})
     made = []
-    for metric in _names(settings.metrics) or [settings.metric]:
-        for share in _ratios(settings.ratios):
+    for metric in listed(settings.metrics) or [settings.metric]:
+        for share in map(ratio, listed(settings.ratios)):
             chosen = dataclasses.replace(settings, metric=metric, prune_ratio=share, keep=0, target_size=0)
-            count = decision.choose_count(chosen, limits, layout.model_type).count
-            decided = decision.decide(chosen, sums, count, limits, trunk=trunk)
-            made.append(Variant(f"{decided.how.metric}, {count} of {layout.experts}", decided.how.metric, count, 0,
-                                {name: tuple(ids) for name, ids in decided.plan.keep.items()}))  # fmt: skip
+            decided = decision.decide(chosen, sums, model, calibration)
+            metric_used, plan = decided.how.metric, decided.plan
+            keep = {name: ids for name, ids in plan.keep.items() if name not in plan.unscored}
+            made.append(Variant(f"{metric_used}, {plan.count} of {plan.experts}", metric_used, plan.count, 0, keep))
     return made
 
 
 def _from_files(settings: Settings, layout: Layout) -> list[Variant]:
     made = []
-    for name in _names(settings.plans):
+    for name in listed(settings.plans):
         keep = read_plan(Path(name))
         check(keep, [block for block in layout.blocks if block.role == "trunk" or block.name in keep], layout)
         made.append(Variant(Path(name).stem, "plan", len(next(iter(keep.values()))), 0, keep))
@@ -121,7 +109,7 @@ def measure(
 ) -> dict[str, Any]:
     """Stream the parent with every variant's mask and compare each with the parent itself."""
     start = time.monotonic()
-    tokenizer = subject.load_tokenizer(checkpoint.folder, settings)
+    tokenizer = load_tokenizer(checkpoint.folder, settings)
     held_out = samples.load_samples(settings.evaluation_path, settings.evaluation_samples, settings.seed)
     batches = samples.batches(held_out, tokenizer, settings.max_seq_len, settings.batch_size)
     parent = Streamed(checkpoint.folder, settings)
@@ -134,7 +122,7 @@ def measure(
                 rows.append(_row(variant, layout, fidelity.summary(tokens, held_out, settings.seed)))
     rows.sort(key=lambda row: (row["metric"], row["bytes"]))
     return {
-        **metadata.header(KIND, ("torch", "transformers")),
+        **metadata.header(PREVIEW, ("torch", "transformers")),
         "settings": settings.public(),
         "inputs": {
             "fingerprint": key,

@@ -8,9 +8,8 @@ from moeprune import console, metadata
 from moeprune.checking import lm_eval, model_card, report
 from moeprune.checking.case import Case, find, fingerprint
 from moeprune.errors import ResultError, UsageError
+from moeprune.results import FILES, VERDICT
 from moeprune.settings import Settings
-
-KIND = "test_report"
 
 
 def main(settings: Settings) -> None:
@@ -19,12 +18,12 @@ def main(settings: Settings) -> None:
         raise UsageError("--parent-endpoint needs --endpoint, the server of the pruned model")
     lm_eval.check(settings)
     case = None if settings.endpoint else find(settings)
-    target = settings.output_path / f"{KIND}.json"
+    target = settings.output_path / FILES[VERDICT]
     key = fingerprint(case, settings)
-    current = not settings.force and metadata.is_current(target, KIND, key)
+    current = not settings.force and metadata.is_current(target, VERDICT, key)
     if current:
         console.say(f"{target} is current; --force judges again")
-        result = metadata.read_result(target, KIND)
+        result = metadata.read_result(target, VERDICT)
         if not (settings.output_path / report.NAME).exists():
             report.write(settings.output_path)
     else:

@@ -92,16 +92,6 @@ def _model_class(folder: Path) -> Any:
     return getattr(transformers, str(named[0]), None) or transformers.AutoModelForCausalLM
 
 
-def load_tokenizer(folder: Path, settings: Settings) -> Any:
-    """The tokenizer of a model folder."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"no tokenizer that transformers can load in {folder}: {error}") from None
-
-
 def device(settings: Settings) -> str:
     """The device to compute on; one that was asked for and is not there is refused."""
     return pick_device(settings).type

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moeprune.console import warn
 from moeprune.errors import InputError
 from moeprune.metadata import Array, BlockSums, Sums
 
@@ -85,8 +86,9 @@ def parts_of(calibration: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def check_inputs(inputs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Refuse runs on different models, and data that would count twice."""
+    """Refuse runs on different models, and data that would count twice; warn where only some samples would."""
     seen: dict[str, str] = {}
+    used: dict[str, str] = {}  # sample -> the run that has it
     model = inputs[0].get("model", {}).get("fingerprint")
     for entry, name in zip(inputs, names, strict=True):
         if not model or entry.get("model", {}).get("fingerprint") != model:
@@ -96,3 +98,14 @@ def check_inputs(inputs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> N
             if data in seen:
                 raise InputError(f"{name} and {seen[data]} hold the same calibration data, which would count twice")
             seen[data] = name
+            samples = part.get("sample_digests", ())
+            _warn_of_overlap(name, samples, used)
+            used |= dict.fromkeys(samples, name)
+
+
+def _warn_of_overlap(name: str, samples: Sequence[str], used: Mapping[str, str]) -> None:
+    """Another seed or size of the same data is other data, but not all of it."""
+    both = set(samples) & used.keys()
+    if both:
+        others = " and ".join(sorted({used[sample] for sample in both}))
+        warn(f"{len(both)} of {len(set(samples))} samples of {name} are also in {others}; they count twice")

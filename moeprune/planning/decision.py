@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moeprune.console import size
-from moeprune.errors import UsageError
+from moeprune.checkpoint.families import Layout
+from moeprune.console import say, size, warn
+from moeprune.errors import InputError, UsageError
 from moeprune.metadata import BlockSums, Sums, plain
 from moeprune.planning import engines, saliency
 from moeprune.planning.enough import Assessment, How, assess
@@ -94,9 +95,38 @@ def _warnings(case: engines.Case, names: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class Model:
+    """What a plan has to know of the model that it is for."""
+
+    limits: Limits
+    model_type: str
+    experts: Mapping[str, int]  # block -> number, of every block that is to be cut
+    trunk: Sequence[str] | None  # the trunk's blocks in order of depth; None: all that were run
+
+    @classmethod
+    def of(cls, layout: Layout) -> Model:
+        """From a model's layout."""
+        trunk = [block.name for block in layout.blocks if block.role == "trunk"]
+        return cls(Limits.of(layout), layout.model_type, {b.name: b.experts for b in layout.blocks}, trunk)
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any]) -> Model:
+        """From the result of a scoring, whose model may be elsewhere."""
+        facts = run["inputs"]["model"]
+        try:
+            demands = {name: facts[name] for name in ("experts", "top_k", "groups", "top_groups")}
+        except KeyError as missing:
+            raise InputError(f"the scores do not say {missing} of their model; score it again") from None
+        limits = Limits(**demands, run=facts.get("run", 1))
+        blocks = dict.fromkeys((run.get("plan") or {}).get("keep", {}), limits.experts)
+        return cls(limits, facts.get("model_type", ""), blocks, facts.get("trunk"))
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """A plan, what it keeps, and whether the calibration settles it."""
 
+    choice: Choice
     plan: Plan
     how: How
     outcome: Outcome
@@ -112,9 +142,19 @@ class Decision:
         return to_json(self.outcome, how) | {"calibration": plain(self.assessment)}
 
 
-def check_wishes(settings: Settings, limits: Limits, model_type: str, domains: tuple[str, ...]) -> None:
-    """Refuse before the long scoring what planning would refuse after it."""
-    choose_count(settings, limits, model_type)
+def check_words(settings: Settings) -> None:
+    """Refuse names and numbers that no model and no data could make right; every stage that plans begins with it."""
+    saliency.check_metric(settings.metric)
+    weights = saliency.parse_weights(settings.weights)
+    if weights and settings.blend in {"pooled", "maxmin"}:
+        raise UsageError(f"weights have no meaning for the blend {settings.blend}; use the blend weighted or shares")
+    engines.parse_engines(settings.engine)
+
+
+def check_wishes(settings: Settings, model: Model, domains: tuple[str, ...] = ()) -> None:
+    """Refuse before the long scoring what planning would refuse after it; without domains, those that are weighed."""
+    choose_count(settings, model.limits, model.model_type)
+    domains = domains or tuple(saliency.parse_weights(settings.weights)) or ("all",)
     measured = {name: np.ones((len(domains), 2)) for name in saliency.MEASURED[settings.scoring_mode]}
     gram_EDD = None if settings.scoring_mode == "router" else np.ones((2, len(domains), len(domains)))
     block = BlockSums("to be scored", 2, np.ones(len(domains)), measured, {}, gram_EDD)
@@ -131,21 +171,42 @@ def samples_by_domain(calibration: Mapping[str, Any]) -> dict[str, int]:
 def decide(
     settings: Settings,
     sums: Sums,
-    count: int,
-    limits: Limits,
+    model: Model,
+    calibration: Mapping[str, Any],
     *,
-    trunk: Sequence[str] | None = None,
-    unscored: Mapping[str, int] | None = None,
-    samples: Mapping[str, int] | None = None,
+    fixed_bytes: int = 0,
+    bytes_per_expert: int = 0,
 ) -> Decision:
-    """The plan for this count and everything there is to say about it.
+    """How many experts stay and which, and everything there is to say about it.
 
-    `trunk` and `unscored` as in protection.protect and plan.make_plan; `samples` counts the samples of each domain.
+    `calibration` is that entry of a result file; bytes as in `choose_count`.
     """
+    limits = model.limits
+    choice = choose_count(
+        settings, limits, model.model_type, fixed_bytes=fixed_bytes, bytes_per_expert=bytes_per_expert
+    )
     weights = saliency.parse_weights(settings.weights)
     metric, blend = saliency.resolve(sums, settings.metric, settings.blend, bool(weights))
-    protected = protect(sums, settings.protect, trunk)
-    how = How(metric, blend, weights, settings.seed, count, limits, protected)
+    protected = protect(sums, settings.protect, model.trunk)
+    how = How(metric, blend, weights, settings.seed, choice.count, limits, protected)
     scores = how.scores(sums)
-    plan = make_plan(scores, count, limits, protected, unscored)
-    return Decision(plan, how, outcome(plan, sums, scores), assess(sums, how, samples))
+    plan = make_plan(scores, choice.count, limits, protected, unscored=model.experts)
+    assessment = assess(sums, how, samples_by_domain(calibration))
+    return Decision(choice, plan, how, outcome(plan, sums, scores), assessment)
+
+
+def proposal(settings: Settings, sums: Sums, model: Model, calibration: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The entry "plan" of a result, told to the person who waits; nothing where none can be made.
+
+    Sums alone are a result too: the prune stage plans anew.
+    """
+    try:
+        made = decide(settings, sums, model, calibration)
+    except UsageError as error:
+        warn(f"no plan was made: {error}")
+        return None
+    for warning in made.choice.warnings:
+        warn(warning)
+    for line in made.sentences():
+        say(line)
+    return made.to_json()

@@ -198,7 +198,7 @@ class Work:
 
 def variant(settings: Settings, layout: Layout, weights: Weights, rates: Rates, work: Work) -> dict[str, Any]:
     """One cut: its size, who can serve it, and what stages 2 and 3 take; or why it is not possible."""
-    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
+    limits = Limits.of(layout)
     fixed = weights.after_bytes(0)
     asked = {name: getattr(settings, name) for name in ("prune_ratio", "keep", "target_size")}
     try:

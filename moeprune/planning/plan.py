@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from moeprune.checkpoint.families import Layout
 from moeprune.errors import UsageError
 from moeprune.metadata import Array
 
@@ -21,6 +22,11 @@ class Limits:
     groups: int = 1
     top_groups: int = 1
     run: int = 1  # neighbours that share a tensor, so that they stay or go together
+
+    @classmethod
+    def of(cls, layout: Layout) -> Limits:
+        """What the router of this model demands."""
+        return cls(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
 
     @property
     def smallest(self) -> int:

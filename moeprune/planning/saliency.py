@@ -107,6 +107,12 @@ MAXMIN_STEPS = 100
 MAXMIN_RATE = 3.0
 
 
+def check_metric(metric: str) -> None:
+    """Refuse a name that is in no table."""
+    if metric not in {"auto", *METRICS}:
+        raise UsageError(f"metric {metric!r} is not known; use auto or one of {', '.join(METRICS)}")
+
+
 def resolve(sums: Sums, metric: str = "auto", blend: str = "auto", weighted: bool = False) -> tuple[str, str]:
     """The metric and the blend behind "auto".
 
@@ -117,8 +123,7 @@ def resolve(sums: Sums, metric: str = "auto", blend: str = "auto", weighted: boo
     metric that is a mean is blended as published, pooled, unless another blend is named.
     """
     several = len(sums.domains) > 1
-    if metric not in {"auto", *METRICS}:
-        raise UsageError(f"metric {metric!r} is not known; use auto or one of {', '.join(METRICS)}")
+    check_metric(metric)
     if blend not in {"auto", *BLENDS}:
         raise UsageError(f"blend {blend!r} is not known; use auto or one of {', '.join(BLENDS)}")
     if blend == "auto":

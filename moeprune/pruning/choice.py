@@ -16,9 +16,8 @@ from moeprune.errors import InputError, UsageError
 from moeprune.planning import decision
 from moeprune.planning.plan import Limits, check_count, make_plan
 from moeprune.pruning.rewrite import Keep, check_groups, check_keep, check_runs
+from moeprune.results import FILES, SCORES
 from moeprune.settings import Settings
-
-SCORES = "reap_metadata.json"
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,11 @@ def without(layout: Layout, gone: Collection[str]) -> Layout:
 def choose(settings: Settings, checkpoint: Checkpoint, layout: Layout, gone: Collection[str]) -> Choice:
     """The keep-lists of all blocks; those whose tensors are `gone` are no longer in the layout."""
     blocks = layout.blocks
-    limits = Limits(layout.experts, layout.top_k, layout.groups, layout.top_groups, layout.run)
     if settings.plan:
-        choice = _from_plan(settings, layout, limits)
+        choice = _from_plan(settings, layout, Limits.of(layout))
     else:
         leaving = sum(checkpoint.tensors[name].nbytes for name in gone)
-        choice = _from_scores(settings, checkpoint, layout, limits, leaving)
+        choice = _from_scores(settings, checkpoint, layout, leaving)
     check(choice.keep, blocks, layout)
     return choice
 
@@ -97,15 +95,13 @@ def _are_numbers(ids: Any) -> bool:
     return isinstance(ids, list) and all(type(i) is int for i in ids)
 
 
-def _from_scores(
-    settings: Settings, checkpoint: Checkpoint, layout: Layout, limits: Limits, leaving_bytes: int
-) -> Choice:
+def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, leaving_bytes: int) -> Choice:
     """The plan that the settings make of the sums of stage 1; `leaving_bytes` go whatever the plan is."""
     blocks = layout.blocks
-    path = settings.output_path / SCORES
+    path = settings.output_path / FILES[SCORES]
     if not path.exists():
         raise InputError(f"no scores at {path}; run reap.py on the model first, or give a plan with --plan")
-    data = metadata.read_result(path, "reap_metadata")
+    data = metadata.read_result(path, SCORES)
     _check_same_model(settings, checkpoint, data, path)
     sums = metadata.Sums.from_json(data.get("scores", {}))
     if checkpoint.container == "gguf":
@@ -114,17 +110,10 @@ def _from_scores(
     each = sum(bytes_per_expert(checkpoint, block) for block in blocks)
     whole = sum(shard.stat().st_size for shard in checkpoint.shards)  # headers are in it
     fixed = whole - leaving_bytes - each * layout.experts
-    count = decision.choose_count(settings, limits, layout.model_type, fixed_bytes=fixed, bytes_per_expert=each)
-    scored = {block.block for block in sums.blocks}
-    decided = decision.decide(
-        settings,
-        sums,
-        count.count,
-        limits,
-        trunk=[block.name for block in blocks if block.role == "trunk"],
-        unscored={block.name: block.experts for block in blocks if block.name not in scored},
-        samples=decision.samples_by_domain(data["inputs"].get("calibration", {})),
-    )
+    calibration = data["inputs"].get("calibration", {})
+    model = decision.Model.of(layout)
+    decided = decision.decide(settings, sums, model, calibration, fixed_bytes=fixed, bytes_per_expert=each)
+    count = decided.choice
     wanted = {block.name for block in blocks}
     keep = {name: ids for name, ids in decided.plan.keep.items() if name in wanted}
     return Choice(keep, count.count, path, (*count.notes, *decided.sentences()), count.warnings)

@@ -16,13 +16,14 @@ from moeprune.checkpoint.renumber import Renumbering
 from moeprune.console import say, size, warn, warnings
 from moeprune.errors import UsageError
 from moeprune.pruning import gguf_files, rewrite
-from moeprune.pruning.choice import SCORES, Choice
+from moeprune.pruning.choice import Choice
 from moeprune.pruning.verify import Verification
 from moeprune.pruning.verify_gguf import GgufVerification
+from moeprune.results import CUT, FILES, SCORES
 from moeprune.settings import Settings
 
-MANIFEST = "pruning.json"  # in the result: what it was made from, and how
-OUR_FILES = {MANIFEST, SCORES, writer.INDEX}
+MANIFEST = FILES[CUT]  # in the result: what it was made from, and how
+OUR_FILES = {MANIFEST, FILES[SCORES], writer.INDEX}
 BASE_MEMORY = 60_000_000  # bytes; the interpreter, numpy and one buffer
 MEMORY_PER_TENSOR = 2_700  # bytes; measured on 90,000 tensors: headers, actions and their proof
 
@@ -60,7 +61,7 @@ class Result:
 
     def is_current(self) -> bool:
         """Whether the folder is there, made from exactly these inputs, with weights of the right size."""
-        same = metadata.is_current(self.target / MANIFEST, "pruned_model", self.fingerprint)
+        same = metadata.is_current(self.target / MANIFEST, CUT, self.fingerprint)
         return same and all(_size(self.target / file.name) == file.nbytes for file in self.files)
 
 
@@ -199,8 +200,8 @@ def write_small_files(planned: Result, folder: Path) -> None:
     if checkpoint.index is not None:
         elements = sum(rewrite.elements(action.tensor.shape) for action in planned.actions)
         writer.write_text(folder / writer.INDEX, writer.index_text(planned.files, checkpoint.index, elements))
-    if planned.choice.source.name == SCORES:
-        writer.copy_side_file(planned.choice.source, folder / SCORES)
+    if planned.choice.source.name == FILES[SCORES]:
+        writer.copy_side_file(planned.choice.source, folder / FILES[SCORES])
     with writer.explained(folder / MANIFEST):
         metadata.write_json(folder / MANIFEST, manifest(planned))
 
@@ -215,7 +216,7 @@ def json_like(original: str, data: Mapping[str, Any]) -> str:
 
 def manifest(planned: Result) -> dict[str, Any]:
     """What the result was made from and how; its `keep` is a plan that --plan takes."""
-    return metadata.header("pruned_model") | {
+    return metadata.header(CUT) | {
         "settings": planned.settings.public(),
         "inputs": {
             "fingerprint": planned.fingerprint,

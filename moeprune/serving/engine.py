@@ -20,6 +20,7 @@ from pathlib import Path
 
 from moeprune import console
 from moeprune.errors import InputError, MachineError, UsageError
+from moeprune.results import newest_model
 from moeprune.settings import Settings
 
 STATE, LOG = "serve.json", "serve.log"
@@ -44,12 +45,7 @@ def model_to_serve(settings: Settings, which: str) -> str:
         if not settings.model_path:
             raise UsageError("no parent is named; set REAP_MODEL_PATH or pass --model-path")
         return settings.model_path
-    if settings.pruned_output_path:
-        return settings.pruned_output_path
-    made = sorted(settings.output_path.glob("*/pruning.json"), key=lambda path: path.stat().st_mtime)
-    if not made:
-        raise InputError(f"no pruned model in {settings.output_path}; run the prune stage or pass --pruned-output-path")
-    return str(made[-1].parent)
+    return settings.pruned_output_path or str(newest_model(settings.output_path))
 
 
 def start(settings: Settings, model: str, extra: Sequence[str]) -> Running:

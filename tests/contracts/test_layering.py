@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ LEVELS = {
     "errors": 0,
     "console": 1,
     "settings": 1,
+    "results": 1,
     "metadata": 1,
     "checkpoint": 2,
     "planning": 3,
@@ -25,7 +27,7 @@ LEVELS = {
     "doctor": 5,
     "summary": 5,
 }
-WITHOUT_TORCH = {"errors", "console", "settings", "metadata", "checkpoint", "planning", "pruning", "serving"}
+WITHOUT_TORCH = {"errors", "console", "settings", "results", "metadata", "checkpoint", "planning", "pruning", "serving"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 
 
@@ -73,8 +75,31 @@ def test_verification_shares_no_code_with_what_it_checks():
 @pytest.mark.parametrize("script", ["prune_model.py", "reap.py", "test_pruned_model.py"])
 def test_a_script_answers_before_torch_is_loaded(script):
     command = [sys.executable, "-X", "importtime", script, "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "argparse" in loaded
     assert not loaded & {"torch", "transformers", "datasets"}
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("reap.py", ["--metric", "foo"]),
+        ("reap.py", ["--weights", "code"]),
+        ("preview.py", ["--metrics", "reap,foo"]),
+        ("preview.py", ["--ratios", "0.5,2"]),
+        ("prune_model.py", ["--weights", "code=x"]),
+        ("plan.py", ["--engine", "ollama"]),
+        ("combine.py", ["a.json", "b.json"]),
+    ],
+)
+def test_words_that_mean_nothing_are_refused_first(script, words):
+    """Before the model or the scores are looked for, and before torch is loaded."""
+    environ = {**os.environ, "REAP_METRIC": "foo"} if script == "combine.py" else os.environ
+    command = [sys.executable, "-X", "importtime", script, "--output-path", "/nowhere", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    *imported, last = done.stderr.splitlines()
+    assert done.returncode == 2, last
+    assert any(word in last for word in ("foo", "code", "--ratios", "ollama")), last
+    assert not {line.rsplit("|", 1)[-1].strip() for line in imported} & {"torch", "transformers"}

@@ -13,6 +13,7 @@ from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import UsageError
 from moeprune.metadata import header, write_json
+from moeprune.planning.decision import Model, proposal
 from moeprune.settings import resolve
 from tests.planning.tokens import random_sums
 
@@ -37,7 +38,7 @@ def scored(tmp_path, monkeypatch):
             "calibration": calibration,
         },
         "scores": sums.to_json(),
-        "plan": reap.planned(settings, layout, sums, calibration),
+        "plan": proposal(settings, sums, Model.of(layout), calibration),
         "warnings": [],
         "timing": {},
     }

@@ -67,11 +67,12 @@ def test_totals_of_the_calibration():
     assert total_of([total, a])["parts"] == [a, b, a]
 
 
-def result(path, sums, data, model="m1"):
+def result(path, sums, data, model="m1", samples=()):
     """A result of stage 1, as far as combining reads it."""
     facts = {"fingerprint": model, "experts": 8, "top_k": 2, "groups": 1, "top_groups": 1, "model_type": "qwen3_moe"}
     domains = {name: {"samples": 10, "tokens": 100} for name in sums.domains}
     calibration = {"samples": 10 * len(domains), "tokens": 100, "domains": domains, "fingerprint": data}
+    calibration["sample_digests"] = list(samples)
     inputs = {"fingerprint": f"run {data}", "model": facts, "calibration": calibration}
     plan = {"keep": {"model.layers.0": [0, 1], "mtp.layers.0": [0, 1]}}
     write_json(path, {**header("reap_metadata"), "inputs": inputs, "scores": sums.to_json(), "plan": plan})
@@ -107,6 +108,18 @@ def test_script_writes_a_result_like_that_of_scoring(folder, capsys):
     assert len(json.loads((folder / "all" / "reap_metadata.json").read_text())["inputs"]["calibration"]["parts"]) == 3
     with pytest.raises(InputError, match="hold the same calibration data, which would count twice"):
         combine.main([str(target), a, "--force"])
+
+
+def test_samples_that_count_twice_are_said(folder, capsys):
+    a = result(folder / "a.json", random_sums(1), "x", samples=["s1", "s2", "s3"])
+    b = result(folder / "b.json", random_sums(2), "y", samples=["s3", "s4"])
+    c = result(folder / "c.json", random_sums(3), "z", samples=["s5"])
+    combine.main([a, c])
+    assert "count twice" not in capsys.readouterr().err
+    combine.main([a, b, c, "--force"])
+    assert "1 of 2 samples of b.json are also in a.json; they count twice" in capsys.readouterr().err.replace(
+        f"{folder}/", ""
+    )
 
 
 def test_script_refuses_other_models_and_too_few_files(folder):

@@ -9,7 +9,7 @@ import pytest
 
 from moeprune.errors import UsageError
 from moeprune.metadata import BlockSums, Sums
-from moeprune.planning.decision import check_wishes, decide
+from moeprune.planning.decision import Model, check_wishes, decide
 from moeprune.planning.enough import How, assess, restrict
 from moeprune.planning.plan import Limits
 from moeprune.settings import Settings
@@ -159,7 +159,9 @@ def test_a_metric_that_slices_cannot_give_is_judged_by_the_nearest():
 def test_decision_holds_plan_outcome_and_verdict():
     rng = np.random.default_rng(6)
     sums = drawn(rng, truth(rng, 2), [0.2, 0.2], [400, 400])
-    made = decide(Settings(), sums, 16, LIMITS, unscored={"mtp": 32}, samples={"d0": 10, "d1": 20})
+    blocks = {**{block.block: 32 for block in sums.blocks}, "mtp": 32}
+    data = {"domains": {"d0": {"samples": 10}, "d1": {"samples": 20}}}
+    made = decide(Settings(keep=16), sums, Model(LIMITS, "", blocks, None), data)
     block = made.outcome.blocks[0]
     score_E = np.array(block.scores)
     keep = set(np.argsort(-score_E)[:16].tolist())
@@ -192,6 +194,7 @@ def test_decision_holds_plan_outcome_and_verdict():
     ],
 )
 def test_wishes_are_checked_before_scoring(wishes, words):
-    check_wishes(Settings(), LIMITS, "", ("d0", "d1"))
+    model = Model(LIMITS, "", {}, None)
+    check_wishes(Settings(), model, ("d0", "d1"))
     with pytest.raises(UsageError, match=words):
-        check_wishes(Settings(**wishes), LIMITS, "", ("d0", "d1"))
+        check_wishes(Settings(**wishes), model, ("d0", "d1"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moeprune.metadata import BlockSums, Sums
-from moeprune.planning.decision import decide
+from moeprune.planning.decision import Model, decide
 from moeprune.planning.outcome import for_images
 from moeprune.planning.plan import Limits
 from moeprune.settings import Settings
@@ -40,11 +40,10 @@ def test_images_that_reach_no_expert_of_a_block_name_none():
 
 def decided(weights: str):
     return decide(
-        Settings(metric="weighted_ean_sum", weights=weights),
+        Settings(metric="weighted_ean_sum", weights=weights, keep=2),
         Sums("routed", DOMAINS, (block(WORK_DE), block(WORK_DE, name="l1"))),
-        2,
-        Limits(4, 1, 1, 1),
-        samples=dict.fromkeys(DOMAINS, 8),
+        Model(Limits(4, 1, 1, 1), "", {"l0": 4, "l1": 4}, None),
+        {"domains": {name: {"samples": 8} for name in DOMAINS}},
     )
 
 

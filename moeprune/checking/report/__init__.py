@@ -13,6 +13,7 @@ from moeprune import metadata
 from moeprune.checking.report import after, before
 from moeprune.checking.report.markup import Html, join, tag
 from moeprune.metadata import sync_folder
+from moeprune.results import CUT, FILES, PREVIEW, SCORES, VERDICT
 
 NAME = "report.html"
 HERE = Path(__file__).parent
@@ -20,14 +21,12 @@ HERE = Path(__file__).parent
 
 def write(output_path: Path) -> Path | None:
     """Write the page from whatever results lie in the folder; None when there are none."""
-    proposed = _read(output_path / "reap_metadata.json", "reap_metadata")
-    test = _read(output_path / "test_report.json", "test_report")
+    proposed, test, preview = (_read(output_path, kind) for kind in (SCORES, VERDICT, PREVIEW))
     pruned = Path(str(test.get("inputs", {}).get("pruned", {}).get("path", "")))
-    cut_from = _read(pruned / "reap_metadata.json", "reap_metadata") if test else {}
+    cut_from = _read(pruned, SCORES) if test else {}
     if proposed and test and _of_other_scores(proposed, cut_from, test):
         test, cut_from = {}, {}
-    recipe = with_cut(cut_from or proposed, _read(pruned / "pruning.json", "pruned_model") if test else {})
-    preview = _read(output_path / "preview.json", "preview")
+    recipe = with_cut(cut_from or proposed, _read(pruned, CUT) if test else {})
     if recipe and preview and _model_path(recipe) != _model_path(preview):
         preview = {}
     if not (test or recipe or preview):
@@ -52,8 +51,9 @@ def _model_path(result: dict[str, Any]) -> Any:
     return result.get("inputs", {}).get("model", {}).get("path")
 
 
-def _read(path: Path, kind: str) -> dict[str, Any]:
+def _read(folder: Path, kind: str) -> dict[str, Any]:
     """A result, or nothing: the report shows what is there."""
+    path = folder / FILES[kind]
     return metadata.read_result(path, kind) if path.is_file() else {}
 
 
