@@ -214,6 +214,14 @@ def values(headers: Sequence[Header]) -> dict[str, Any]:
     return merged
 
 
+def numbers(entry: Entry) -> list[Any]:
+    """What an array of numbers holds; nothing where the entry is anything else."""
+    if entry.type != ARRAY or (kind := struct.unpack_from("<I", entry.raw)[0]) not in SCALARS:
+        return []
+    count = struct.unpack_from("<Q", entry.raw, 4)[0]
+    return list(struct.unpack_from(f"<{count}{SCALARS[kind]}", entry.raw, 12))
+
+
 def new_header(header: Header, changes: Mapping[str, int], tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
     """The bytes of a header with changed values, padded up to the tensors, and where each tensor begins in the file.
 

@@ -19,6 +19,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError, MachineError, UsageError
+from moeprune.scoring import gguf_weights
 from moeprune.settings import Settings
 
 LARGE = 2**26  # elements; no buffer that a model computes with is that large and made empty
@@ -52,6 +53,8 @@ def compute_dtype(config: PreTrainedConfig, settings: Settings) -> torch.dtype:
 
 def read_config(checkpoint: Checkpoint, settings: Settings) -> PreTrainedConfig:
     """The model's configuration as transformers understands it, without any quantization: layers arrive dequantized."""
+    if checkpoint.container == "gguf":
+        return gguf_weights.config_of(checkpoint)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=settings.trust_remote_code
@@ -74,9 +77,9 @@ def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [config, *(part for inner in nested for part in _configs(inner))]
 
 
-def model_class(checkpoint: Checkpoint, settings: Settings) -> type[PreTrainedModel]:
+def model_class(checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings) -> type[PreTrainedModel]:
     """The class the checkpoint names: one of transformers, else the code that comes with the checkpoint."""
-    names = checkpoint.config.get("architectures") or []
+    names = config.architectures or []
     known = getattr(transformers, names[0], None) if names else None
     if known is not None:
         return known  # type: ignore[no-any-return]
@@ -131,7 +134,7 @@ def parameters_on_meta() -> Iterator[None]:
 def build(checkpoint: Checkpoint, settings: Settings) -> PreTrainedModel:
     """The checkpoint's model, empty. Its dtype plan and conversions are those that from_pretrained would use."""
     config = read_config(checkpoint, settings)
-    chosen = model_class(checkpoint, settings)
+    chosen = model_class(checkpoint, config, settings)
     dtype = compute_dtype(config, settings)
     # A class may take a nested configuration (the text model of a multimodal checkpoint, say).
     wanted = chosen.config_class or PreTrainedConfig

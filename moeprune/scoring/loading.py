@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
+from moeprune.scoring import gguf_weights
 from moeprune.scoring.dequantize import Lazy, Recipe, read_tensor, recipes
 
 Tensors = dict[str, torch.Tensor]
@@ -42,7 +43,8 @@ class LayerLoader:
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.layers = frozenset(layers)
         self.dtype = model.dtype
-        self.recipes: Mapping[str, Recipe] = recipes(checkpoint)
+        of_container = gguf_weights.recipes if checkpoint.container == "gguf" else recipes
+        self.recipes: Mapping[str, Recipe] = of_container(checkpoint)
         in_memory = model.state_dict()
         self.mapping = get_model_conversion_mapping(model) + _stacking(model, self.recipes)
         self.memory_name = _memory_names(self.recipes, model, self.mapping, in_memory)

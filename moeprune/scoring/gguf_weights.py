@@ -1,0 +1,199 @@
+"""A GGUF file as transformers would have it: a configuration, and a recipe for every parameter.
+
+Tensors keep their names on disk, so blocks, scores and the cut speak of blk.7; recipes carry the names in memory. A
+tensor that no rule knows ends the run: what is left out silently would be another model.
+Legend: E experts, I inner size of an expert, H hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from moeprune.checkpoint.folder import Checkpoint
+from moeprune.errors import InputError
+from moeprune.scoring.dequantize import Recipe, Stored
+from moeprune.scoring.gguf_models import INSTEAD, LEAVES, OUTSIDE, TABLE, Facts, Model, common
+from moeprune.scoring.gguf_types import check, dequantize
+
+LAYER = re.compile(r"blk\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
+ALONE = re.compile(r"ffn_(?P<kind>gate|up|down)\.(?P<expert>\d{1,6})\.weight")  # files of 2023
+SCALE = ".scale"  # beside NVFP4: a factor for the matrix, or for each expert
+UNUSED = re.compile(r"(\.input_scale|rope_freqs\.weight|attn_rot_embd\.weight)$")  # the first is for engines in FP4
+UNSQUEEZED = {"ffn_gate_inp_shexp.weight": 0, "shortconv.conv.weight": 1}  # axes of one that llama.cpp leaves out
+
+
+class Read(Protocol):
+    """Gives the values of a source, or those of one of its rows."""
+
+    def __call__(self, source: str, row: int | None = None, /) -> torch.Tensor:
+        """In the type that computes, on the device that computes."""
+
+
+Build = Callable[[Read], torch.Tensor]
+
+
+def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The configuration, from the metadata and the shapes."""
+    facts = Facts(checkpoint)
+    model = _model(facts)
+    values: dict[str, Any] = {"model_type": model.model_type, "architectures": [model.architecture]}
+    values |= common(facts) | model.config(facts)
+    return AutoConfig.for_model(**values)
+
+
+def _model(facts: Facts) -> Model:
+    if facts.architecture not in TABLE:
+        raise InputError(
+            f"{facts.file}: a GGUF file of the architecture {facts.architecture or '(none named)'} can be cut but not "
+            f"run here; {INSTEAD}"
+        )
+    return TABLE[facts.architecture]
+
+
+def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
+    """Name in memory -> recipe. Layers that predict further tokens are not run and have none."""
+    facts = Facts(checkpoint)
+    layers: dict[int, dict[str, str]] = {}
+    for tensor in checkpoint.tensors.values():
+        if not UNUSED.search(tensor.name):
+            check(tensor.dtype, tensor.name)
+            match = LAYER.fullmatch(tensor.name)
+            of_layer = layers.setdefault(int(match["layer"]) if match else -1, {})
+            of_layer[match["leaf"] if match else tensor.name] = tensor.name
+    model, found = _model(facts), dict[str, Recipe]()
+    for layer, leaves in sorted(layers.items()):
+        if layer < facts.layers:
+            found |= _Part(facts, model, layer, leaves).recipes()
+    return found
+
+
+class _Part:
+    """One layer, or what is outside the layers (-1). `left` maps the leaves not yet used to names on disk."""
+
+    def __init__(self, facts: Facts, model: Model, layer: int, leaves: Mapping[str, str]) -> None:
+        self.facts, self.model, self.left = facts, model, dict(leaves)
+        self.names = OUTSIDE if layer < 0 else {**LEAVES, **model.leaves}
+        self.prefix = "" if layer < 0 else f"model.layers.{layer}."
+
+    def recipes(self) -> dict[str, Recipe]:
+        """All of them."""
+        found = dict([*self._experts(), *self._latent()])
+        found |= dict([self._plain(leaf) for leaf in [*self.left] if not leaf.endswith(SCALE)])
+        if self.left:
+            raise self._unknown(next(iter(self.left)))
+        return {self.prefix + name: recipe for name, recipe in found.items()}
+
+    def _unknown(self, leaf: str) -> InputError:
+        return InputError(
+            f"{self.facts.file}: {self.left[leaf]} is not known for the architecture {self.facts.architecture}; add it "
+            f"to moeprune/scoring/gguf_models.py, or {INSTEAD}"
+        )
+
+    def _plain(self, leaf: str) -> tuple[str, Recipe]:
+        """A tensor that is one in memory, too."""
+        stem, _, ending = leaf.rpartition(".")
+        target = self.names.get(leaf) or (f"{self.names[stem]}.{ending}" if stem in self.names else "")
+        if not target:
+            raise self._unknown(leaf)
+        build: Build = partial(_whole, axis=UNSQUEEZED.get(leaf))
+        if self.model.permuted and stem in ("attn_q", "attn_k"):
+            key = "attention.head_count" if stem == "attn_q" else "attention.head_count_kv"
+            heads = int(self.facts.get(key, self.facts["attention.head_count"]))
+            build = partial(_unpermuted, heads=heads)
+        return target, self._recipe({"": leaf}, build)
+
+    def _latent(self) -> Iterator[tuple[str, Recipe]]:
+        """Keys and values of latent attention, which later files split; some hold both forms."""
+        leaves = {"k": "attn_k_b.weight", "v": "attn_v_b.weight"}
+        if "attn_kv_b.weight" in self.left:
+            for leaf in leaves.values():
+                self.left.pop(leaf, None)
+        elif leaves["k"] in self.left:
+            yield "self_attn.kv_b_proj.weight", self._recipe(leaves, _keys_and_values)
+
+    def _experts(self) -> Iterator[tuple[str, Recipe]]:
+        """Gate and up as one stack, and down as another, whichever way they lie on disk."""
+        for ending in ("weight", "bias"):
+            target = f"{self.model.experts}.{{}}_proj{'_bias' if ending == 'bias' else ''}"
+            for name, kinds in (("gate_up", ("gate", "up")), ("down", ("down",))):
+                whole, apart = f"ffn_{name}_exps.{ending}", {kind: f"ffn_{kind}_exps.{ending}" for kind in kinds}
+                build = partial(_stack, kinds=kinds, interleaved=self.model.interleaved, experts=self._count())
+                if whole in self.left:
+                    yield target.format(name), self._recipe({name: whole}, partial(build, kinds=(name,)))
+                elif apart[kinds[0]] in self.left:
+                    yield target.format(name), self._recipe(apart, build)
+                elif f"ffn_{kinds[0]}.0.weight" in self.left and ending == "weight":
+                    alone = [match for leaf in self.left if (match := ALONE.fullmatch(leaf)) and match["kind"] in kinds]
+                    sources = {f"{match['kind']}.{match['expert']}": match[0] for match in alone}
+                    yield target.format(name), self._recipe(sources, partial(build, alone=True))
+
+    def _count(self) -> int:
+        return int(self.facts["expert_count"])
+
+    def _recipe(self, leaves: Mapping[str, str], build: Build) -> Recipe:
+        """The recipe that builds a parameter of these tensors, their factors applied."""
+        sources: dict[str, str] = {}
+        for source, leaf in leaves.items():
+            if leaf not in self.left:
+                raise InputError(f"{self.facts.file}: {self.prefix or 'the model'} lacks {leaf}; fetch the file again")
+            sources[source] = self.left.pop(leaf)
+            if factor := self.left.pop(leaf.removesuffix(".weight") + SCALE, ""):
+                sources[source + SCALE] = factor
+        tensors = self.facts.checkpoint.tensors
+        return Recipe(sources, partial(_make, build=build, kinds={s: tensors[n].dtype for s, n in sources.items()}))
+
+
+def _make(stored: Stored, dtype: torch.dtype, build: Build, kinds: Mapping[str, str]) -> torch.Tensor:
+    def read(source: str, row: int | None = None, /) -> torch.Tensor:
+        raw = stored[source] if row is None else stored[source][row]
+        factor = stored.get(source + SCALE)
+        if factor is None:
+            return dequantize(raw, kinds[source], dtype)
+        factor = factor if factor.numel() == 1 or row is None else factor[row]
+        value = dequantize(raw, kinds[source], torch.float32)
+        return (value * factor.reshape(-1, *[1] * (value.dim() - 1))).to(dtype)
+
+    return build(read)
+
+
+def _whole(read: Read, axis: int | None) -> torch.Tensor:
+    value = read("")
+    return value if axis is None else value.unsqueeze(axis)
+
+
+def _unpermuted(read: Read, heads: int) -> torch.Tensor:
+    """Rows of a head as transformers has them: llama.cpp puts the two halves of a rotation side by side."""
+    halves: torch.Tensor = read("").unflatten(0, (heads, -1, 2))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def _keys_and_values(read: Read) -> torch.Tensor:
+    """Of each head the keys' rows, which lie as columns, and then the values'."""
+    keys, values = read("k").transpose(1, 2), read("v")
+    return torch.cat((keys, values), dim=1).flatten(0, 1)
+
+
+def _stack(read: Read, kinds: tuple[str, ...], interleaved: bool, experts: int, alone: bool = False) -> torch.Tensor:
+    """[E, 2I, H] or [E, H, I], an expert at a time; turned and by turns where the model has them so."""
+
+    def one(expert: int) -> torch.Tensor:
+        parts = [read(f"{kind}.{expert}") if alone else read(kind, expert) for kind in kinds]
+        if not interleaved:
+            return torch.cat(parts)
+        if kinds == ("gate_up",):
+            parts = list(parts[0].chunk(2))
+        mixed = torch.stack(parts, dim=1).flatten(0, 1)
+        return mixed.T if mixed.dim() == 2 else mixed
+
+    first = one(0)
+    stacked = first.new_empty(experts, *first.shape)
+    stacked[0] = first
+    for expert in range(1, experts):
+        stacked[expert] = one(expert)
+    return stacked
