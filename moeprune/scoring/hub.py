@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from moeprune.errors import InputError, MachineError
@@ -16,6 +18,7 @@ from moeprune.scoring.readers import Rows, without_nulls
 
 Row = Mapping[str, Any]
 
+ANSWER_S = 20  # seconds that the hub has to answer the first question
 SHUFFLE_BUFFER = 1_000  # rows held while streaming; the draw is random within this window and over the shards
 STORY_REQUEST = "Write a creative story for this prompt."
 CHOICES = "ABCDEFGHIJ"
@@ -161,6 +164,7 @@ def stream(name: str, subset: str | None, split: str | None, seed: int, token: s
         import datasets
     except ImportError:
         raise MachineError(f"{name}: data sets of the hub need the package datasets; install it") from None
+    _ask_once(name, token)
     known = REGISTRY.get(name, DataSet(name, None))
     try:
         rows = datasets.load_dataset(
@@ -176,11 +180,35 @@ def stream(name: str, subset: str | None, split: str | None, seed: int, token: s
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(f"{name}: {error}; check the name, and HF_TOKEN if the data set is gated") from None
     except ConnectionError as error:
-        raise MachineError(
-            f"{name}: the hub cannot be reached ({error}); use a local file or the built-in set"
-        ) from None
+        raise _unreachable(name, error) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {error}; the subset goes in [ ], the split in ( )") from None
+
+
+def _ask_once(name: str, token: str) -> None:
+    """Whether the hub answers and knows the data set: `datasets` would ask for a minute where nobody answers."""
+    from huggingface_hub import HfApi, constants, get_session
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE or Path(name).is_dir():  # `datasets` then looks into its cache, or into the folder
+        return
+    # The library lets errors of its HTTP client through, which is another package in each of its releases.
+    transport = import_module(type(get_session()).__module__.partition(".")[0])
+    try:
+        HfApi(token=token or None).dataset_info(name, timeout=ANSWER_S)
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{name}: no such data set on the hub; check the name, set HF_TOKEN if it is private, or give a local file"
+        ) from None
+    except (HfHubHTTPError, transport.HTTPError, OSError) as error:
+        raise _unreachable(name, error) from None
+
+
+def _unreachable(name: str, error: Exception) -> MachineError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return MachineError(
+        f"{name}: the hub cannot be reached ({reason}); give a local file, or nothing for the built-in set"
+    )
 
 
 def convert(name: str, row: Row) -> Row:

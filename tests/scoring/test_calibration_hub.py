@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -233,8 +237,76 @@ def test_a_split_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         next(iter(hub.stream("some/stories", None, "nowhere", 0, "")))
 
 
-def test_without_a_network_it_says_so_and_what_to_do():
-    program = "from moeprune.scoring import hub; next(iter(hub.stream('nobody/nothing', None, None, 0, '')))"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert "MachineError: nobody/nothing: the hub cannot be reached" in done.stderr.splitlines()[-1]
+# ------------------------------------------------------------------------------------------ when there is no answer
+
+
+def asked(name: str, **environment: str) -> list[str]:
+    """What a run that wants the data set writes before it ends."""
+    program = (
+        "import sys; from moeprune.errors import StageError; from moeprune.scoring import hub\n"
+        f"try: next(iter(hub.stream({name!r}, None, None, 0, '')))\n"
+        "except StageError as error: sys.exit(f'{type(error).__name__}: {error}')"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=plain | environment)
+    assert done.returncode == 1
+    return done.stderr.splitlines()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}, id="offline"),
+        pytest.param({"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}, id="nobody answers"),
+        pytest.param({"HF_ENDPOINT": "http://nowhere.invalid"}, id="no such name"),
+    ],
+)
+def test_without_a_network_one_line_says_so_and_what_to_do(environment):
+    lines = asked("nobody/nothing", **environment)
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("MachineError: nobody/nothing: the hub cannot be reached")
+    assert "give a local file" in lines[0]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub without data sets, which remembers what it was asked."""
+
+    status, code = 404, "RepoNotFound"
+    questions: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.questions.append(self.path)
+        self.send_response(self.status)
+        self.send_header("X-Error-Code", self.code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (404, "RepoNotFound", "InputError: nobody/nothing: no such data set on the hub; check the name"),
+        (500, "", "MachineError: nobody/nothing: the hub cannot be reached (Server error '500"),
+    ],
+)
+def test_a_hub_that_has_nothing_is_asked_once(status, code, said):
+    hub_of_this_test = type("HubOfThisTest", (Hub,), {"status": status, "code": code, "questions": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), hub_of_this_test) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        lines = asked("nobody/nothing", HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(said)
+    assert [path for path in hub_of_this_test.questions if "nothing" in path] == ["/api/datasets/nobody/nothing"]
