@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 900  # ends a test that hangs; nothing is measured by it
@@ -34,6 +37,23 @@ def echo_server(port: int, answers: int | None = None) -> Iterator[subprocess.Po
             yield process
         finally:
             process.kill()
+
+
+@contextmanager
+def transformers_serve(model: str, log: Path) -> Iterator[int]:
+    """`transformers serve` for one model; yields its port."""
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    program = Path(sys.executable).with_name("transformers")
+    with reserved_port() as port, log.open("w") as file:
+        command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), model]
+        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file) as server:
+            try:
+                wait_until_listening(port, server)
+                yield port
+            finally:
+                server.kill()
 
 
 def wait_until_listening(port: int, process: subprocess.Popen) -> None:

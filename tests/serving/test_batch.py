@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from moeprune.errors import InputError
 from moeprune.serving.prompts import load_prompts
 from tests.serving.faults import FAULTS, SILENT, Proxy
-from tests.serving.servers import PATIENCE_S, ROOT, echo_server, reserved_port, wait_until_listening
+from tests.serving.servers import PATIENCE_S, ROOT, echo_server, reserved_port, transformers_serve
 
 FEW = ("--concurrency", "4")
 
@@ -227,23 +226,6 @@ def test_prompts_that_cannot_be_used(tmp_path, content, line):
     with pytest.raises(InputError) as error:
         load_prompts(tmp_path / "p.jsonl")
     assert line in str(error.value)
-
-
-@contextmanager
-def transformers_serve(model: str, log: Path):
-    """`transformers serve` for one model; yields its port."""
-    pytest.importorskip("uvicorn")
-    pytest.importorskip("fastapi")
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    program = Path(sys.executable).with_name("transformers")
-    with reserved_port() as port, log.open("w") as file:
-        command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), model]
-        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file) as server:
-            try:
-                wait_until_listening(port, server)
-                yield port
-            finally:
-                server.kill()
 
 
 def test_a_model_behind_transformers_serve_with_faults(tmp_path):
