@@ -17,6 +17,8 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]
 
 LINE_LIMIT = 64_000_000  # bytes; a longer line is a damaged file, not a document
 WHOLE_FILE_LIMIT = 1_000_000_000  # bytes of a .json file, which must be read in one piece
+PARQUET_BUFFER = 1_000_000  # bytes of a column that are read at once
+PARQUET_ROWS = 64  # in memory at a time; with images inside, a row takes megabytes
 PASSAGE = 8_000  # characters of a text file that make one document: some 2,000 tokens
 
 
@@ -103,7 +105,7 @@ def read_csv(path: Path) -> Rows:
 
 
 def read_parquet(path: Path) -> Rows:
-    """Rows of a parquet file, a few hundred in memory at a time. Nulls inside structures were put there by Arrow."""
+    """Rows of a parquet file, a few in memory at a time. Nulls inside structures were put there by Arrow."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -112,9 +114,10 @@ def read_parquet(path: Path) -> Rows:
             f"{path}: reading parquet needs pyarrow; install it, or convert the file to .jsonl"
         ) from None
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        # Its default reads ahead to the end of the file: 2.2 GB of memory for a file of 2 GB.
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER)
         index = 0
-        for batch in file.iter_batches(batch_size=256):
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
             for row in batch.to_pylist():
                 yield f"{path}[{index}]", {key: without_nulls(value) for key, value in row.items()}
                 index += 1

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from moeprune.errors import InputError, UsageError
-from moeprune.scoring.readers import PASSAGE
+from moeprune.scoring.readers import PASSAGE, read_parquet
 from moeprune.scoring.samples import parse_columns
 from moeprune.scoring.selection import choose, shares
 from moeprune.scoring.sources import Source, local_source, parse_sources, request_digest
@@ -59,6 +59,21 @@ def parquet(path: Path, rows: list) -> Path:
 def test_every_kind_of_file_gives_the_same_text(tmp_path, name, content):
     (sample,) = samples(write(tmp_path, name, content))
     assert (sample.text, sample.domain) == ("print(1)", "code")
+
+
+def test_a_large_parquet_file_is_not_read_ahead(tmp_path):
+    """What Arrow holds while the rows go by; its default would hold the file to its end."""
+    path = tmp_path / "x.parquet"
+    with pyarrow.parquet.ParquetWriter(path, pyarrow.schema({"text": pyarrow.string()}), compression="none") as writer:
+        for group in range(40):
+            rows = [f"{group * 1000 + i:08}" * 70 for i in range(1000)]
+            writer.write_table(pyarrow.table({"text": rows}), row_group_size=1000)
+    size = path.stat().st_size
+    assert size > 20_000_000
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before for _ in read_parquet(path)]
+    assert len(held) == 40_000
+    assert max(held) < size / 5
 
 
 def test_parquet_with_text_and_shard_numbers(tmp_path):
