@@ -148,7 +148,7 @@ def show(result: dict[str, Any]) -> None:
     model, reap, rates = result["model"], result["reap"], result["rates"]
     known = "measured" if model["measured"] else "predicted, only the total is exact"
     say(f"model    {model['model_type']}, {size(model['total_bytes'])}, {model['experts']} experts in each of "
-        f"{model['blocks']} blocks, {model['top_k']} for each token")  # fmt: skip
+        f"{model['blocks']} MoE layers, {model['top_k']} for each token")  # fmt: skip
     say(f"known    {model['source']} ({known})")
     say(f"rates    {rates['flops'] / 1e12:.3g} TFLOP/s ({rates['flops_source']}), "
         f"disk {size(rates['read_bytes'])}/s ({rates['read_source']})")  # fmt: skip

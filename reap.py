@@ -89,7 +89,7 @@ def describe(checkpoint: Checkpoint, layout: Layout) -> str:
     """The model in one line."""
     return (
         f"{layout.model_type} in {checkpoint.folder.name}, {console.size(checkpoint.total_bytes)}; "
-        f"{len(layout.blocks)} blocks of {layout.experts} experts, {layout.top_k} for each token"
+        f"{len(layout.blocks)} MoE layers of {layout.experts} experts, {layout.top_k} for each token"
     )
 
 
@@ -126,7 +126,7 @@ def plan_again(result: Path, settings: Settings, layout: Layout) -> None:
 def summarise(sums: Sums, calibration: Calibration, seconds: float) -> None:
     """What a person should know, on stderr."""
     tokens = calibration.summary["tokens"]
-    console.say(f"scored {len(sums.blocks)} blocks on {tokens:,} tokens in {console.duration(seconds)}")
+    console.say(f"scored {len(sums.blocks)} MoE layers on {tokens:,} tokens in {console.duration(seconds)}")
 
 
 if __name__ == "__main__":

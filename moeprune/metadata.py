@@ -134,7 +134,7 @@ def _block_from_json(entry: Mapping[str, Any], domains: tuple[str, ...]) -> Bloc
     if block.gram_EDD is not None:
         expected.append((block.gram_EDD, (experts, len(domains), len(domains))))
     if any(array.shape != shape or not np.isfinite(array).all() for array, shape in expected):
-        raise ValueError(f"block {block.block} holds arrays of a wrong shape or numbers that are not finite")
+        raise ValueError(f"layer {block.block} holds arrays of a wrong shape or numbers that are not finite")
     return block
 
 
@@ -156,7 +156,7 @@ def _stacked(entry: Mapping[str, Any], key: str, domains: tuple[str, ...]) -> di
     per_domain = [entry[key][name] for name in domains]
     statistics = per_domain[0] if per_domain else {}
     if any(one.keys() != statistics.keys() for one in per_domain):
-        raise ValueError(f"the {key} of a block differ in what was measured")
+        raise ValueError(f"the {key} of a layer differ in what was measured")
     return {name: np.array([one[name] for one in per_domain], dtype=np.float64) for name in statistics}
 
 

@@ -105,7 +105,7 @@ def understand(checkpoint: Checkpoint) -> Layout:
     if not governing:
         said = ", ".join(sorted({f"{key}={scope[key]}" for _, scope in found for key in COUNT_KEYS if key in scope}))
         raise InputError(
-            f"the tensors hold {experts} experts per block, but config.json says {said or 'nothing about experts'}; "
+            f"the tensors hold {experts} experts per layer, but config.json says {said or 'nothing about experts'}; "
             "if the key has another name, add it to COUNT_KEYS in moeprune/checkpoint/families.py"
         )
     # Of several parts that count experts, the innermost says most; an outer one may name the count alone.

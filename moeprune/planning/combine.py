@@ -22,7 +22,7 @@ def add(first: Sums, second: Sums) -> Sums:
         raise InputError(f"scoring modes differ: {first.mode} and {second.mode}; score again in one of them")
     shapes = [{block.block: block.experts for block in sums.blocks} for sums in (first, second)]
     if shapes[0] != shapes[1]:
-        raise InputError("the runs have other blocks or numbers of experts, so they are not of the same model")
+        raise InputError("the runs have other layers or numbers of experts, so they are not of the same model")
     domains = tuple(dict.fromkeys((*first.domains, *second.domains)))
     other = {block.block: block for block in second.blocks}
     blocks = [
@@ -53,7 +53,7 @@ def _spread(block: BlockSums, own: Sequence[str], domains: Sequence[str]) -> Blo
 def _add_blocks(a: BlockSums, b: BlockSums) -> BlockSums:
     same = a.values.keys() == b.values.keys() and a.slices.keys() == b.slices.keys()
     if not same or any(a.slices[name].shape != b.slices[name].shape for name in a.slices):
-        raise InputError(f"block {a.block} was measured differently in the runs; score again with the same release")
+        raise InputError(f"layer {a.block} was measured differently in the runs; score again with the same release")
     join = {name: np.maximum if name == "max_abs" else np.add for name in a.values}
     return replace(
         a,

@@ -60,10 +60,10 @@ def choose_count(
     reasons = reasons or [f"{asked} do not divide among {settings.expert_parallel} expert-parallel ranks"]
     if keep and count != asked:
         raise UsageError(f"--keep {asked}: {'; '.join(reasons)}; the nearest that works is {count}")
-    notes = [f"{count} experts stay instead of {asked}: {'; '.join(reasons)}"] if count != asked else []
+    notes = [f"{count} experts are kept instead of {asked}: {'; '.join(reasons)}"] if count != asked else []
     plain = asked if target or keep else plain_count(limits.experts, settings.prune_ratio)
     if asked != plain:
-        notes.insert(0, f"{asked} experts stay instead of {plain}: {limits.objection(plain)}")
+        notes.insert(0, f"{asked} experts are kept instead of {plain}: {limits.objection(plain)}")
     if target:
         notes.append(f"{count} experts in each layer make {size(fixed_bytes + count * bytes_per_expert)}")
     chosen = engines.Case(count, limits, model_type, settings.expert_parallel, settings.tensor_parallel)

@@ -195,8 +195,8 @@ def _domain_noise(sums: Sums, how: How, samples: Mapping[str, int], slices: int)
 
 
 def _verdict(enough: bool | None, change: float, loss: float, noise: tuple[DomainNoise, ...]) -> str:
-    chance = f"about {change:.0%} of the experts that stay depend on chance in the samples"
-    cost = f"a plan from one half of them keeps {loss:.1%} less of the other half's saliency than its own plan"
+    chance = f"about {change:.0%} of the kept experts depend on chance in the samples"
+    cost = f"a plan from one half of them keeps {loss:.1%} less of the other half's score than its own plan"
     if enough is None:
         few = ", ".join(part.domain for part in noise if part.change is None)
         return f"the calibration could not be judged: too few samples of {few}, give each of them at least 8; {chance}"

@@ -48,19 +48,19 @@ class Outcome:
 
     def sentences(self) -> list[str]:
         """The plan in a few lines."""
-        lines = [f"{self.count} of {self.experts} experts stay in each of {len(self.blocks)} MoE layers"]
+        lines = [f"{self.count} of {self.experts} experts kept in each of {len(self.blocks)} MoE layers"]
         if self.coverage:
             shown = [f"{name} {share:.1%}" for name, share in list(self.coverage.items())[:5]]
-            lines.append(f"saliency kept, worst domain first: {', '.join(shown)}")
+            lines.append(f"score kept, worst domain first: {', '.join(shown)}")
         if self.never_routed:
             measured = sum(len(block.scores) for block in self.blocks)
             stay = sum(len({*block.never_routed} & {*block.keep}) for block in self.blocks)
-            lines.append(f"{self.never_routed} of {measured} experts saw no token at all; {stay} of them stay")
+            lines.append(f"{self.never_routed} of {measured} experts saw no token at all; {stay} of them are kept")
         if any(block.for_images for block in self.blocks):
             lines.append(self._about_images())
         blind = [block.block for block in self.blocks if not block.scores]
         if blind:
-            lines.append(f"{', '.join(blind)} had no scores: evenly spaced experts stay there")
+            lines.append(f"{', '.join(blind)} had no scores: evenly spaced experts are kept there")
         return lines
 
     def _about_images(self) -> str:
@@ -70,7 +70,7 @@ class Outcome:
         named = [f"{block.block}: {', '.join(map(str, block.for_images))}" for block in seeing[:NAMED]]
         more = [f"{len(seeing) - NAMED} more layers in the result file"] if len(seeing) > NAMED else []
         return (
-            f"{total} experts work mostly for images, {stay} of them stay; to keep more of them, weigh the domains "
+            f"{total} experts work mostly for images, {stay} of them are kept; to keep more of them, weigh the domains "
             f"that end in {IMAGE.strip()} with --weights ({'; '.join([*named, *more])})"
         )
 

@@ -42,7 +42,7 @@ class Limits:
         if count < self.top_k:
             return f"the router chooses {self.top_k} experts for each token"
         if count // max(self.groups, 1) % self.run:
-            return f"{self.run} neighbours share a tensor, so they stay or go together"
+            return f"{self.run} neighbours share a tensor, so they are kept or removed together"
         if self.groups <= 1:
             return ""
         if count % self.groups:
@@ -125,7 +125,7 @@ def check_count(count: int, limits: Limits) -> None:
         return
     possible = [c for c in range(1, limits.experts + 1) if not limits.objection(c)]
     near = sorted(sorted(possible, key=lambda c: abs(c - count))[:2])
-    raise UsageError(f"{count} experts cannot stay: {objection}; possible nearby: {', '.join(map(str, near))}")
+    raise UsageError(f"{count} experts cannot be kept: {objection}; possible nearby: {', '.join(map(str, near))}")
 
 
 def make_plan(
@@ -156,16 +156,16 @@ def _best(block: str, score_E: Array, count: int, limits: Limits, protected: fro
     """The best of each group; of experts that share a tensor, the sum counts, and one protects the others."""
     experts, groups, run = len(score_E), limits.groups, limits.run
     if not np.isfinite(score_E).all():
-        raise UsageError(f"block {block} has a score that is not a finite number; score the model again")
+        raise UsageError(f"layer {block} has a score that is not a finite number; score the model again")
     size, quota = _group_sizes(block, experts, count, groups)
     kept: list[int] = []
     for start in range(0, experts, size):
         firsts = range(start, start + size, run)
         guards = {first for first in firsts if protected.intersection(range(first, first + run))}
         if (guarded := run * len(guards)) > quota:
-            where = f"group {start // size} of block {block}" if groups > 1 else f"block {block}"
+            where = f"group {start // size} of layer {block}" if groups > 1 else f"layer {block}"
             raise UsageError(
-                f"{guarded} experts are protected in {where} but only {quota} may stay; keep more or protect fewer"
+                f"{guarded} experts are protected in {where} but only {quota} can be kept; keep more or protect fewer"
             )
         order = sorted((first not in guards, -score_E[first : first + run].sum(), first) for first in firsts)
         kept += [first + i for *_, first in order[: quota // run] for i in range(run)]
@@ -181,5 +181,5 @@ def _evenly_spaced(block: str, experts: int, count: int, limits: Limits) -> tupl
 
 def _group_sizes(block: str, experts: int, count: int, groups: int) -> tuple[int, int]:
     if count > experts or experts % groups:
-        raise UsageError(f"block {block} has {experts} experts in {groups} groups; {count} cannot stay in it")
+        raise UsageError(f"layer {block} has {experts} experts in {groups} groups; {count} of them cannot be kept")
     return experts // groups, count // groups

@@ -101,7 +101,7 @@ BLENDS = {
     "pooled": "every token counts the same: the score of the added sums",
     "weighted": "the score of a mix with w_d tokens of domain d, however many were seen; without weights: balanced",
     "shares": "sum_d w_d share_d / sum_d w_d: every domain has the same say, or as much as its weight",
-    "maxmin": "shares, with the weights under which the experts that stay cover the worst domain most",
+    "maxmin": "shares, with the weights under which the kept experts cover the worst domain most",
 }
 MAXMIN_STEPS = 100
 MAXMIN_RATE = 3.0
@@ -191,7 +191,7 @@ def check_measured(block: BlockSums, metric: str) -> None:
     if missing:
         possible = [name for name, entry in METRICS.items() if there.issuperset(entry.needs)]
         raise UsageError(
-            f"metric {metric} needs {', '.join(missing)}, which block {block.block} has not measured; "
+            f"metric {metric} needs {', '.join(missing)}, which layer {block.block} has not measured; "
             f"choose one of {', '.join(possible)}, or score again in another mode"
         )
 

@@ -32,7 +32,7 @@ def companions(matrix: str, tensors: Mapping[str, Stored], reader: Reader) -> Co
 
 
 def check(matrix: str, before: Companions, after: Companions, keep: Sequence[int]) -> None:
-    """The scales of the experts that stay must be the very same numbers, and the description must fit them."""
+    """The scales of the kept experts must be the very same numbers, and the description must fit them."""
     old, new = json.loads(before["quant_state"]), json.loads(after["quant_state"])
     experts, width = old["shape"]
     if new != {key: value for key, value in old.items() if "nested" not in key} | {"shape": [len(keep), width]}:
@@ -41,7 +41,7 @@ def check(matrix: str, before: Companions, after: Companions, keep: Sequence[int
     each = len(scales) // experts
     wanted = np.concatenate([scales[expert * each : (expert + 1) * each] for expert in keep])
     if wanted.tobytes() != _scales(new, after).tobytes():
-        raise ResultError(f"{matrix} does not have the scales of the experts that stay")
+        raise ResultError(f"{matrix} does not have the scales of the kept experts")
 
 
 def _scales(state: Mapping[str, Any], stored: Companions) -> NDArray[np.float32]:

@@ -181,7 +181,9 @@ def describe(planned: Result) -> None:
     checkpoint = planned.checkpoint
     where = checkpoint.shards[0] if checkpoint.container == "gguf" else checkpoint.folder
     say(f"model    {where} ({planned.layout.model_type}, {formats.format_of(checkpoint)})")
-    say(f"plan     {planned.choice.count} of {planned.layout.experts} experts in {len(planned.choice.keep)} blocks")
+    say(
+        f"plan     {planned.choice.count} of {planned.layout.experts} experts kept in {len(planned.choice.keep)} layers"
+    )
     say(f"size     {size(before)} -> {size(after)} ({after / before:.1%})")
     say(f"tensors  {', '.join(f'{kind} {n}' for kind, n in counts.items())}; {len(planned.actions)} in all")
     say(f"needs    {size(needed['disk_bytes'])} of disk, about {size(needed['memory_bytes'])} of memory")

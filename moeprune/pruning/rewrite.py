@@ -154,7 +154,7 @@ def check_keep(blocks: Sequence[Block], keep: Keep) -> None:
     missing, unknown = sorted(wanted.keys() - keep.keys()), sorted(keep.keys() - wanted.keys())
     if missing or unknown:
         what = f"has no list for {missing[0]}" if missing else f"names {unknown[0]}, which the model does not have"
-        raise UsageError(f"the plan {what}; the model has {len(wanted)} blocks such as {next(iter(wanted))}")
+        raise UsageError(f"the plan {what}; the model has {len(wanted)} MoE layers such as {next(iter(wanted))}")
     for name, ids in keep.items():
         last = wanted[name].experts - 1
         if list(ids) != sorted(set(ids)) or not ids or ids[0] < 0 or ids[-1] > last:
@@ -293,7 +293,7 @@ def renumbered_TK(table_TK: NDArray[np.int64], keep: Sequence[int], experts: int
     """
     count, columns = len(keep), table_TK.shape[1]
     if count < columns:
-        raise UsageError(f"each token needs {columns} different experts, and only {count} stay")
+        raise UsageError(f"each token needs {columns} different experts, and only {count} are kept")
     if table_TK.size and not 0 <= table_TK.min() <= table_TK.max() < experts:
         raise InputError(f"a table of expert numbers holds {table_TK.min()} to {table_TK.max()}; it is damaged")
     new_of_old = np.full(experts, -1, dtype=table_TK.dtype)

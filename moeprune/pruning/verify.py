@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moeprune.errors import ResultError
 from moeprune.pruning import evidence, four_bit
-from moeprune.pruning.evidence import Reader, Stored
+from moeprune.pruning.evidence import File, Reader, Stored
 
 VISION = ".vision"  # the block of image experts that share a layer with those for text
 MTP_KEYS = re.compile(r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers|num_mtp_modules|mtp_num_layers")
@@ -34,11 +34,19 @@ ROUTER_WORDS |= {
 OURS = {"pruning.json", "reap_metadata.json", "model.safetensors.index.json"}
 
 
+Part = dict[str, Stored]
+
+
 class Verification:
-    """One comparison of a result with its parent: `file` for each weight file as it is finished, then `finish`."""
+    """One comparison of a result with its parent: `file` for each weight file as it is finished, then `finish`.
+
+    `read` and `compare` are the halves of `file`, for threads that share the work on one file.
+    """
 
     def __init__(self, parent: Path, child: Path, keep: Mapping[str, tuple[int, ...]], gone: Collection[str]) -> None:
         self.parent, self.child, self.keep, self.gone = parent, child, dict(keep), frozenset(gone)
+        self.files_before: list[File] = []
+        self.files_after: dict[Path, File] = {}  # those that `read` has seen
         self.config, self.before = self._read_parent()
         self.count = len(next(iter(keep.values())))
         self.block_of = {name: self._block_of(name) for name in self.before if name not in self.gone}
@@ -48,9 +56,10 @@ class Verification:
         self.origin = dict(filter(None, map(self._destination, self.block_of)))
 
     def _read_parent(self) -> tuple[dict[str, Any], dict[str, Stored]]:
-        return evidence.load(self.parent / "config.json"), evidence.all_headers(self.parent)
+        self.files_before = [evidence.header_of(path) for path in evidence.weight_files(self.parent)]
+        return evidence.load(self.parent / "config.json"), evidence.merged(self.files_before)
 
-    def _header(self, path: Path) -> dict[str, Stored]:
+    def _header(self, path: Path) -> File:
         return evidence.header_of(path, strict=True)
 
     def _block_of(self, name: str) -> str:
@@ -102,12 +111,27 @@ class Verification:
         return 2 if block + VISION in self.keep else 1
 
     def file(self, path: Path, go_on: Callable[[], None]) -> None:
-        """Compare every tensor of one file of the result with the parent's bytes; `go_on` may raise to end it early."""
+        """Compare one finished file of the result with the parent; `go_on` may raise to end it early."""
+        for part in self.read(path, 1):
+            self.compare(part, go_on)
+
+    def read(self, path: Path, count: int) -> list[Part]:
+        """The tensors of a finished file of the result, in at most `count` parts of about the same size."""
+        self.files_after[path] = file = self._header(path)
+        parts: list[Part] = [{} for _ in range(count)]
+        total, done = max(1, sum(tensor.nbytes for tensor in file.tensors.values())), 0
+        for name, tensor in file.tensors.items():
+            if name not in self.origin:
+                raise ResultError(f"{path} holds {name}, which must not be there")
+            parts[min(done * count // total, count - 1)][name] = tensor
+            done += tensor.nbytes
+        return [part for part in parts if part]
+
+    def compare(self, part: Part, go_on: Callable[[], None]) -> None:
+        """Compare tensors of the result with the parent's bytes."""
         with Reader() as reader:
-            for name, after in self._header(path).items():
+            for name, after in part.items():
                 go_on()
-                if name not in self.origin:
-                    raise ResultError(f"{path} holds {name}, which must not be there")
                 if self.origin[name] in self.four_bit:  # compared in finish, by value
                     continue
                 before, block = self.before[self.origin[name]], self.block_of[self.origin[name]]
@@ -136,12 +160,12 @@ class Verification:
             old, new = (_bytes_along(reader, tensor, axis) for tensor in (before, after))
             right = np.array_equal(np.take(old, rows, axis=axis), new)
         if not right:
-            raise ResultError(f"{name} does not hold the values of the experts that stay")
+            raise ResultError(f"{name} does not hold the values of the kept experts")
 
     def _expected_rows(self, name: str, before: Stored, after: Stored, block: str) -> tuple[int, list[int]]:
         changed = f"{name} went from {list(before.shape)} to {list(after.shape)}"
         if not block or len(before.shape) != len(after.shape) or self.experts[block] == self.count:
-            raise ResultError(f"{changed}, and it is in no block that was cut")
+            raise ResultError(f"{changed}, and it is in no layer that was cut")
         pairs = list(zip(before.shape, after.shape, strict=True))
         axes = [axis for axis, (old, new) in enumerate(pairs) if old != new]
         experts, keep = self.experts[block], self.keep[block]
@@ -155,7 +179,10 @@ class Verification:
 
     def finish(self, left_behind: Collection[Path] = ()) -> None:
         """What no single file shows: nothing missing, all blocks cut alike, index, config and side files right."""
-        after = evidence.all_headers(self.child)
+        unread = sorted({*evidence.weight_files(self.child)} ^ self.files_after.keys())
+        if unread:
+            raise ResultError(f"{unread[0]} was not compared with the parent, or is not there any more")
+        after = evidence.merged(self.files_after.values())
         self._check_present(after)
         self._check_gone()
         with Reader() as reader:
@@ -230,8 +257,8 @@ class Verification:
 
     def _check_notes(self) -> None:
         """What shards say in `__metadata__` must be said again; entries on single experts are renumbered."""
-        before = evidence.notes(self.parent, set(self.origin.values()))
-        odd = sorted(before ^ evidence.notes(self.child, set(self.origin)))
+        before = evidence.notes(self.files_before, set(self.origin.values()))
+        odd = sorted(before ^ evidence.notes(self.files_after.values(), self.origin.keys()))
         if odd:
             raise ResultError(f"the __metadata__ of the result is wrong about {odd[0][0]}")
 

@@ -66,7 +66,7 @@ def test_default_warns_for_the_common_engines_and_moves_nothing():
 def test_named_engines_move_a_ratio_up_and_say_why():
     choice = choose_count(settings(prune_ratio=0.4, engine="vllm"), V4, "deepseek_v4")
     assert choice.count == 192
-    assert "192 experts stay instead of 154" in choice.notes[0] and "DeepSeek-V4" in choice.notes[0]
+    assert "192 experts are kept instead of 154" in choice.notes[0] and "DeepSeek-V4" in choice.notes[0]
     choice = choose_count(settings(prune_ratio=0.3, expert_parallel=8), QWEN)
     assert choice.count == 96 and "8 expert-parallel ranks" in choice.notes[0]
     both = choose_count(settings(prune_ratio=0.4, engine="vllm,trtllm", expert_parallel=6), V4, "deepseek_v4")
@@ -122,7 +122,7 @@ def test_groups_and_engines_together():
     assert choice.count == 176  # 172 asked; 8 groups, 16 ranks
     choice = choose_count(settings(prune_ratio=0.3, engine="transformers"), V3)
     assert choice.count == 184 and choice.notes == (
-        "184 experts stay instead of 180: the router works on 8 groups of the same size",
+        "184 experts are kept instead of 180: the router works on 8 groups of the same size",
     )
 
 

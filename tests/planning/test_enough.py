@@ -176,7 +176,7 @@ def test_decision_holds_plan_outcome_and_verdict():
     assert list(made.outcome.coverage) == sorted(means, key=means.get)
     assert dict(made.outcome.coverage) == pytest.approx(means)
     text = " ".join(made.sentences())
-    assert "16 of 32 experts stay in each of 7" in text and "mtp had no scores" in text
+    assert "16 of 32 experts kept in each of 7" in text and "mtp had no scores" in text
     data = made.to_json()
     assert data["keep"]["mtp"] == list(range(0, 32, 2)) and data["how"]["blend"] == "shares"
     assert data["calibration"]["domains"][0]["samples"] in {10, 20}

@@ -51,8 +51,8 @@ def test_they_are_named_and_weights_keep_them():
     plain, seeing = decided(""), decided("photos [image]=2")
     assert plain.plan.keep == {"l0": (1, 2), "l1": (1, 2)}
     (line,) = (line for line in plain.sentences() if "images" in line)
-    assert line.startswith("2 experts work mostly for images, 0 of them stay;")
+    assert line.startswith("2 experts work mostly for images, 0 of them are kept;")
     assert line.endswith("(l0: 0; l1: 0)")
     assert [entry["for_images"] for entry in plain.to_json()["blocks"]] == [[0], [0]]
     assert seeing.plan.keep == {"l0": (0, 1), "l1": (0, 1)}
-    assert "2 of them stay" in next(line for line in seeing.sentences() if "images" in line)
+    assert "2 of them are kept" in next(line for line in seeing.sentences() if "images" in line)

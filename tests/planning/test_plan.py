@@ -66,11 +66,11 @@ def test_limits_and_where_counts_move(limits):
 
 
 def test_impossible_counts_say_what_is_possible():
-    with pytest.raises(UsageError, match=r"4 experts cannot stay: the router chooses 8.*nearby: 8, 9"):
+    with pytest.raises(UsageError, match=r"4 experts cannot be kept: the router chooses 8.*nearby: 8, 9"):
         check_count(4, Limits(128, 8))
-    with pytest.raises(UsageError, match=r"100 experts cannot stay: .* 8 groups.*nearby: 96, 104"):
+    with pytest.raises(UsageError, match=r"100 experts cannot be kept: .* 8 groups.*nearby: 96, 104"):
         check_count(100, Limits(256, 8, 8, 4))
-    with pytest.raises(UsageError, match=r"8 experts cannot stay: .*two best"):
+    with pytest.raises(UsageError, match=r"8 experts cannot be kept: .*two best"):
         check_count(8, Limits(256, 8, 8, 8))
     with pytest.raises(UsageError, match="2 groups of 3 are fewer than the 8"):
         check_count(24, Limits(64, 8, 8, 2))
@@ -131,9 +131,9 @@ def test_protected_experts_stay_whatever_their_score():
 
 
 def test_more_protected_than_may_stay_is_refused():
-    with pytest.raises(UsageError, match="3 experts are protected in block b but only 2 may stay"):
+    with pytest.raises(UsageError, match="3 experts are protected in layer b but only 2 can be kept"):
         make_plan({"b": np.arange(8.0)}, 2, Limits(8, 2), {"b": (0, 1, 2)})
-    with pytest.raises(UsageError, match="3 experts are protected in group 1 of block b but only 2"):
+    with pytest.raises(UsageError, match="3 experts are protected in group 1 of layer b but only 2"):
         make_plan({"b": np.arange(8.0)}, 4, Limits(8, 2, 2, 2), {"b": (5, 6, 7)})
 
 
@@ -169,5 +169,5 @@ def test_experts_that_share_a_tensor_stay_or_go_together(groups):
     ]
     assert set(keep["a"]) == max((s for s in allowed if 3 in s), key=lambda s: scores_E[list(s)].sum())
     assert set(keep["b"]) in allowed
-    with pytest.raises(UsageError, match="stay or go together"):
+    with pytest.raises(UsageError, match="kept or removed together"):
         check_count(9, Limits(12, 2, run=2))

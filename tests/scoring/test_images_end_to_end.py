@@ -88,7 +88,7 @@ def test_image_and_text_tokens_are_summed_apart_and_right(staged):
 def test_the_report_shows_the_experts_by_what_they_see(staged):
     _, folder, _ = staged
     page = (folder / "report.html").read_text()
-    assert "saliency in mix [image]" in page
+    assert "score in mix [image]" in page
     plan = json.loads((folder / "reap_metadata.json").read_text())["plan"]
     assert all(set(block["for_images"]) <= set(range(8)) for block in plan["blocks"])
 

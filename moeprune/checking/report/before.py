@@ -34,7 +34,7 @@ def head(recipe: Json, test: Json) -> Html:
     words = []
     if plan:
         words.append(
-            f"{plan.get('kept')} of {plan.get('experts')} experts stay in each of {facts.get('blocks')} layers"
+            f"{plan.get('kept')} of {plan.get('experts')} experts kept in each of {facts.get('blocks')} layers"
         )
         words.append(f"chosen by {plan.get('how', {}).get('metric', 'a plan')}")
     if facts.get("model_type"):
@@ -72,9 +72,9 @@ def experts(recipe: Json) -> Html | None:
     layers, domains = _layers(recipe)
     if not layers:
         return None
-    metric = recipe.get("plan", {}).get("how", {}).get("metric", "saliency")
+    metric = recipe.get("plan", {}).get("how", {}).get("metric", "score")
     orders = [("id", "expert number"), ("score", f"{metric}, largest first"), ("load", "tokens, most first")]
-    shown = [("", f"{metric} (all domains)"), ("load", "tokens routed"), *((d, f"saliency in {d}") for d in domains)]
+    shown = [("", f"{metric} (all domains)"), ("load", "tokens routed"), *((d, f"score in {d}") for d in domains)]
     controls = tag(
         "div",
         tag("label", "colour ", tag("select", *(tag("option", name, value=key) for key, name in shown), id="domain")),
@@ -83,8 +83,8 @@ def experts(recipe: Json) -> Html | None:
     )
     scale = join(tag("i", class_=f"h{step}") for step in range(10))
     legend = tag("p", "less ", tag("span", scale, class_="scale"), " more, within the layer (square root) \u00b7 "
-                 "full cell: stays, small cell: goes", class_="note")  # fmt: skip
-    titles = [f"{layer.block}: {len(layer.kept)} of {len(layer.score_E)} stay" for layer in layers]
+                 "full cell: kept, small cell: removed", class_="note")  # fmt: skip
+    titles = [f"{layer.block}: {len(layer.kept)} of {len(layer.score_E)} kept" for layer in layers]
     colours = [numbers.steps(layer.score_E) for layer in layers]
     picture = heat_map([_short(layer.block) for layer in layers], colours, [layer.kept for layer in layers], titles)
     return section("Experts", controls, picture, legend, anchor="experts",
@@ -114,9 +114,9 @@ def curves(recipe: Json) -> Html | None:
     if not layers:
         return None
     kept = sum(len(layer.kept) for layer in layers) / sum(len(layer.score_E) for layer in layers)
-    mark = (kept, f"{percent(kept, 0)} stay")
+    mark = (kept, f"{percent(kept, 0)} kept")
     saliency = [layer.saliency_DE.mean(0) for layer in layers]
-    charts = (("saliency", saliency), ("tokens", [layer.load_E for layer in layers]))
+    charts = (("score", saliency), ("tokens", [layer.load_E for layer in layers]))
     return section("Load and coverage", tag("div", *(draw(_spread(n, rows, mark)) for n, rows in charts), class_="two"),
                    note="Share that the largest experts hold together: mean over the layers, and a band from the most "
                    "even to the most uneven layer. The diagonal would mean that all experts matter alike.")  # fmt: skip
@@ -145,7 +145,7 @@ def coverage(recipe: Json) -> Html | None:
         facts.append(f"Kept sets of two halves of the calibration agree (Jaccard) by {halves}.")
     if plan.get("never_routed"):
         facts.append(f"{plan['never_routed']} experts saw no calibration token at all.")
-    title = tag("h3", "Saliency that the kept experts hold, worst domain first")
+    title = tag("h3", "Share of the score that the kept experts hold, worst domain first")
     return section(
         "Is the calibration enough?", *(tag("p", fact) for fact in facts), title, bars(held), anchor="calibration"
     )
@@ -174,7 +174,7 @@ def sizes(preview: Json, test: Json) -> Html | None:
     )
     best = preview.get("smallest_within_bounds")
     found = f"Smallest within the bounds: {best['name']}, {console.size(best['bytes'])}." if best else (
-        "No variant stays within the bounds.")  # fmt: skip
+        "No variant is within the bounds.")  # fmt: skip
     return section("Quality against size", tag("div", draw(chart), class_="one"), tag("p", found, class_="sentence"),
                    _variants(rows), anchor="sizes",
                    note="The parent with its dropped experts masked, which is what each cut computes.")  # fmt: skip
