@@ -116,7 +116,8 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, lea
     count = decided.choice
     wanted = {block.name for block in blocks}
     keep = {name: ids for name, ids in decided.plan.keep.items() if name in wanted}
-    return Choice(keep, count.count, path, (*count.notes, *decided.sentences()), count.warnings)
+    doubts = [] if decided.assessment.enough else decided.assessment.sentences()  # reap has said it all before
+    return Choice(keep, count.count, path, (*count.notes, *decided.outcome.sentences(), *doubts), count.warnings)
 
 
 def _by_layer(sums: metadata.Sums, blocks: Sequence[Block]) -> metadata.Sums:

@@ -12,6 +12,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ class Parking:
         finally:
             os.close(handle)
             Path(name).unlink()
+            with suppress(OSError):  # what an earlier run saved may lie there too
+                self.folder.rmdir()
         mapped = mapped.view(tensor.shape)
         mapped.copy_(tensor.data)
         tensor.data = mapped
