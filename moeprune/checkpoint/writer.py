@@ -7,6 +7,7 @@ where that works; elsewhere one buffer carries them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -24,6 +25,7 @@ from moeprune.metadata import sync_folder
 
 STEP = 16 << 20  # bytes per system call, and the size of the one buffer
 PAGE = 4096
+SYNC_FILE_RANGE_WRITE = 2
 CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 INDEX = "model.safetensors.index.json"
 
@@ -296,6 +298,17 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def start_syncing(path: Path) -> None:
+    """Let the disk begin with what a growing file holds, so that it is not idle until the file is finished."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        ctypes.CDLL(None).sync_file_range(handle, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+    except AttributeError:  # only Linux has it, and sync_file does the whole work where it is not there
+        pass
+    finally:
+        os.close(handle)
 
 
 def sync_file(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import ResultError
-from moeprune.pruning.evidence import Stored
+from moeprune.pruning.evidence import File, Stored
 from moeprune.pruning.verify import Verification
 
 # Type number -> (values, bytes) of a block; llama.cpp's ggml.h.
@@ -72,8 +72,8 @@ class GgufVerification(Verification):
         count = next(value for key, value in pairs.items() if key.endswith(".expert_count"))
         return {"num_experts": int.from_bytes(count[4:], "little")}, tensors
 
-    def _header(self, path: Path) -> dict[str, Stored]:
-        return _read(path)[1]
+    def _header(self, path: Path) -> File:
+        return File(_read(path)[1], {})
 
     def finish(self, _left_behind: Collection[Path] = ()) -> None:
         """Nothing missing, all blocks cut alike, and only the counts among the keys changed."""

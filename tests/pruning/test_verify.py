@@ -152,6 +152,7 @@ def test_it_shares_no_code_with_what_it_checks() -> None:
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moeprune"):
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
     ours = {"evidence", "four_bit", "verify", "evidence.Reader", "evidence.Stored", "verify.Verification"}
+    ours |= {"evidence.File"}
     assert found <= {"moeprune.errors.ResultError", *(f"moeprune.pruning.{name}" for name in ours)}
 
 
