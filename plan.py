@@ -25,7 +25,8 @@ from moeprune.planning.forecast import Bits, Rates, Weights, Work
 from moeprune.pruning.choice import bytes_per_expert
 from moeprune.pruning.result import BASE_MEMORY, MEMORY_PER_TENSOR
 from moeprune.results import FILES, SCORES
-from moeprune.settings import Settings, listed, ratio, resolve
+from moeprune.settings import Settings, resolve
+from moeprune.values import listed, ratio
 
 COMPUTE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moeprune import errors, settings
+from moeprune import errors
 from moeprune.planning.decision import check_words
+from moeprune.settings import resolve
+from moeprune.values import listed
 
 
 def main(argv: list[str]) -> None:
     """Resolve the settings before the heavy imports, so that a typing error costs no time."""
-    chosen = settings.resolve("preview", argv)
-    for metric in settings.listed(chosen.metrics) or [chosen.metric]:
+    chosen = resolve("preview", argv)
+    for metric in listed(chosen.metrics) or [chosen.metric]:
         check_words(replace(chosen, metric=metric))
     from moeprune.checking import preview
 

@@ -1,7 +1,7 @@
 """Every setting once. A flag beats the environment, which beats `.env`, which beats the default; the origin is kept.
 
-To add a setting, add a field to `Settings`. Flags, environment names and `--help` follow from it; `.env.example`, the
-compose file and the README table are tested against it.
+To add a setting, add a field to `Settings`; what its text may be is a parser in `values.py`. Flags, environment names
+and `--help` follow from it; `.env.example`, the compose file and the README table are tested against it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moeprune.envfile import read_dotenv
 from moeprune.errors import UsageError
+from moeprune.values import amount, natural, number, one_of, positive, ratio, ratios, switch, whole
 
 STAGES = {
     "plan": "Say what each step would take and what its result would be, also of a model that is not downloaded.",
@@ -29,82 +29,6 @@ STAGES = {
     "serve": "Serve the pruned model or its parent with vLLM: serve pruned|parent [FLAGS] [-- ARGS OF VLLM].",
     "batch": "Send many prompts to an OpenAI-compatible server and keep every answer.",
 }
-
-
-def ratio(text: str) -> float:
-    """A share of at least 0 and below 1."""
-    value = number(text)
-    if not 0 <= value < 1:
-        raise ValueError("must be at least 0 and below 1")
-    return value
-
-
-def listed(text: str) -> list[str]:
-    """Words between commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def ratios(text: str) -> str:
-    """Ratios between commas, as they were written; `listed` and `ratio` take them apart."""
-    for part in listed(text):
-        ratio(part)
-    return text
-
-
-def whole(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("write a whole number") from None
-
-
-def number(text: str) -> float:
-    """A number; nan is none, for no limit would ever fail against it."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError("write a number") from None
-    if math.isnan(value):
-        raise ValueError("write a number")
-    return value
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = whole(text)
-    if value < 1:
-        raise ValueError("must be 1 or more")
-    return value
-
-
-def amount(text: str) -> int:
-    """A number of bytes: 24GB, 500MB, 16GiB, 1000000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
-    if match is None:
-        raise ValueError("write a size such as 24GB or 16GiB")
-    power = " kMGT".index(match[2] or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def switch(text: str) -> bool:
-    """true or false, also as 1/0, yes/no, on/off."""
-    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if text.lower() not in known:
-        raise ValueError("write true or false")
-    return known[text.lower()]
-
-
-def one_of(*names: str) -> Callable[[str], str]:
-    """One of the given words."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return text
-
-    parse.__doc__ = " | ".join(names)
-    return parse
 
 
 def setting(
@@ -134,7 +58,10 @@ class Settings:
         False, switch, "reap preview test", "run model code that comes with the checkpoint"
     )
     device: str = setting(
-        "auto", one_of("auto", "cpu", "cuda", "mps"), "plan reap preview test", "where to compute: auto | cpu | cuda"
+        "auto",
+        one_of("auto", "cpu", "cuda", "mps"),
+        "plan reap preview test",
+        "where to compute: auto | cpu | cuda | mps",
     )
     dtype: str = setting(
         "auto",
@@ -185,7 +112,9 @@ class Settings:
         "reap",
         "larger calibration images are scaled down to this many pixels, up to 24 bytes each until all are seen",
     )
-    bad_images: int = setting(0, whole, "reap", "calibration images that may be missing or damaged before the run ends")
+    bad_images: int = setting(
+        0, natural, "reap", "calibration images that may be missing or damaged before the run ends"
+    )
     max_samples: int = setting(512, positive, "plan reap", "calibration samples to use at most")
     max_seq_len: int = setting(2048, positive, "plan reap preview test", "tokens in a sequence at most")
     batch_size: int = setting(8, positive, "plan reap preview test", "sequences that run together")
@@ -197,7 +126,7 @@ class Settings:
     )
 
     prune_ratio: float = setting(0.5, ratio, "plan reap prune", "share of the experts to remove in each layer")
-    keep: int = setting(0, whole, "plan prune", "experts to keep in each layer; beats the ratio; 0: unset")
+    keep: int = setting(0, natural, "plan prune", "experts to keep in each layer; beats the ratio; 0: unset")
     target_size: int = setting(
         0, amount, "plan prune", "largest size of the result, such as 24GB; beats the ratio; 0: unset"
     )
@@ -224,7 +153,7 @@ class Settings:
     expert_parallel: int = setting(1, positive, "plan prune", "expert-parallel ranks that will serve the result")
     tensor_parallel: int = setting(1, positive, "plan prune", "tensor-parallel ranks that will serve the result")
     plan: str = setting(
-        "", str, "prune", 'JSON file with the experts that stay, {"keep": {block: [0, 3, 5]}}; beats scores'
+        "", str, "prune", 'JSON file with the experts to keep, {"keep": {layer: [0, 3, 5]}}; beats scores'
     )
     other_scores: bool = setting(
         False,
@@ -261,6 +190,10 @@ class Settings:
     max_kl: float = setting(
         0.8, number, "preview test", "fail above this mean KL divergence to the parent, nats per token"
     )
+    max_domain_kl: float = setting(2.0, number, "test", "fail when one domain's mean KL divergence is above this")
+    max_chance: float = setting(
+        0.75, number, "test", "fail above this share of the KL divergence that cuts of drawn experts have"
+    )
     max_loss_increase: float = setting(
         1.0, number, "preview test", "fail above this increase of the loss, nats per token"
     )
@@ -269,6 +202,14 @@ class Settings:
     )
     max_broken: float = setting(
         0.2, number, "test", "fail when this share of texts is broken beyond the parent's share"
+    )
+    max_loops: float = setting(0.0, number, "test", "fail when more texts loop: share beyond the parent's")
+    max_unended: float = setting(0.2, number, "test", "fail when more texts do not end: share beyond the parent's")
+    min_answers: float = setting(
+        0.5, number, "test", "fail below this share of the parent's right answers, valid JSON and tool calls"
+    )
+    max_script_drift: float = setting(
+        0.05, number, "test", "fail when this share of texts is in another script than the parent's"
     )
     lm_eval: str = setting(
         "", str, "test", "tasks of lm-eval to run on both models, comma separated, if it is installed"
@@ -331,34 +272,6 @@ def shown_default(f: dataclasses.Field[Any]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value / 1e9:g}GB" if f.metadata["parse"] is amount and value else str(value)
-
-
-# A shell, `docker run --env-file`, compose and python-dotenv disagree about quotes, inline comments, spaces and $.
-# This is the part of the syntax that all four read the same way.
-DOTENV_LINE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\s\"'$`\\#]*")
-
-
-def read_dotenv(path: Path) -> dict[str, str]:
-    """The names and values of an `.env` file; a line that programs would read differently is refused."""
-    if not path.exists():
-        return {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read as text ({error}); make it a UTF-8 file such as .env.example"
-        ) from None
-    if lines and lines[0].startswith("\ufeff"):
-        raise UsageError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
-    for at, line in enumerate(lines, start=1):
-        if line.strip() and not line.startswith("#") and not DOTENV_LINE.fullmatch(line):
-            raise UsageError(f"{path}:{at}: write NAME=value, without quotes, spaces, $ or a comment behind it")
-    try:
-        from dotenv import dotenv_values
-    except ModuleNotFoundError:  # doctor and serve run before the set-up; any reader agrees on the lines that got here
-        pairs = (line.split("=", 1) for line in lines if line.strip() and not line.startswith("#"))
-        return {name: value for name, value in pairs if value}
-    return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
 
 
 def resolve(

@@ -23,7 +23,8 @@ from moeprune.planning import decision
 from moeprune.pruning.choice import bytes_per_expert, check, read_plan
 from moeprune.results import FILES, PREVIEW, SCORES
 from moeprune.scoring.run import load_tokenizer
-from moeprune.settings import Settings, listed, ratio
+from moeprune.settings import Settings
+from moeprune.values import listed, ratio
 
 SHAPING = ("dtype", "seed", "max_seq_len", "evaluation_samples", "ratios", "metrics", "metric", "blend", "weights",
            "protect", "max_kl", "max_loss_increase", "device", "other_scores")  # fmt: skip

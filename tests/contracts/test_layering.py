@@ -14,20 +14,22 @@ from tests.contracts.documents import ROOT
 PACKAGE = ROOT / "moeprune"
 LEVELS = {
     "errors": 0,
+    "values": 0,
     "console": 1,
-    "settings": 1,
+    "envfile": 1,
     "results": 1,
     "metadata": 1,
-    "checkpoint": 2,
-    "planning": 3,
-    "serving": 3,
-    "pruning": 4,
-    "scoring": 4,
-    "checking": 5,
-    "doctor": 5,
-    "summary": 5,
+    "settings": 2,
+    "checkpoint": 3,
+    "planning": 4,
+    "serving": 4,
+    "pruning": 5,
+    "scoring": 5,
+    "checking": 6,
+    "doctor": 6,
+    "summary": 6,
 }
-WITHOUT_TORCH = {"errors", "console", "settings", "results", "metadata", "checkpoint", "planning", "pruning", "serving"}
+WITHOUT_TORCH = {room for room in LEVELS if room not in {"scoring", "checking", "doctor", "summary"}}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 
 

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from moeprune.envfile import read_dotenv
 from moeprune.errors import UsageError
-from moeprune.settings import FIELDS, Settings, amount, read_dotenv, resolve
+from moeprune.settings import FIELDS, Settings, resolve
+from moeprune.values import amount
 from tests.contracts.documents import ROOT
 
 
@@ -87,6 +89,11 @@ def test_a_misspelt_flag_ends_in_one_line_with_a_suggestion(dotenv):
 def test_numbers_are_numbers(dotenv, name, text):
     with pytest.raises(UsageError, match=rf"{name}: '{text}': write a (whole )?number"):
         resolve("test", [], {name: text}, dotenv)
+
+
+def test_a_negative_count_is_refused(dotenv):
+    with pytest.raises(UsageError, match=r"--keep: '-1': must be 0 or more"):
+        resolve("prune", ["--keep", "-1"], {}, dotenv)
 
 
 @pytest.mark.parametrize("place", ["environment", "dotenv"])
