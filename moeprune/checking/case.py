@@ -11,12 +11,13 @@ from moeprune import VERSION, metadata
 from moeprune.checkpoint import folder as checkpoints
 from moeprune.errors import InputError
 from moeprune.results import CUT, FILES, SCORES, newest_model
-from moeprune.settings import Settings
+from moeprune.settings import FIELDS, Settings
 
 RECIPES = (CUT, SCORES)  # results in the pruned folder that know the plan; the strongest first
-SHAPING = ("seed", "dtype", "device", "max_seq_len", "evaluation_samples", "generations", "max_new_tokens", "max_kl",
-           "max_loss_increase", "min_same_top", "max_broken", "judge_memory", "endpoint", "parent_endpoint",
-           "served_model", "api", "lm_eval")  # fmt: skip
+# Settings that change neither a number nor a verdict, or that are digested by content.
+IRRELEVANT = {"model_path", "output_path", "pruned_output_path", "evaluation_path", "force", "hidden_memory"}
+IRRELEVANT |= {"hf_token", "endpoint_key", "concurrency", "request_timeout", "attempts"}
+SHAPING = [f.name for f in FIELDS if "test" in f.metadata["stages"] and f.name not in IRRELEVANT]
 
 
 @dataclass(frozen=True)

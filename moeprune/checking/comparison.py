@@ -29,16 +29,21 @@ def compare(
     (own,) = child.variants(batches, [None])
     wide = max(parent.vocabulary, child.vocabulary)
 
-    def summary(one: Head, other: Head, states: tuple[Any, Any]) -> dict[str, Any]:
-        tokens = fidelity.compare(one, other, batches, states, wide)
-        return fidelity.summary(tokens, data[0], settings.seed)
+    def tokens(one: Head, other: Head, *states: Any) -> fidelity.Tokens:
+        return fidelity.compare(one, other, batches, states, wide)
+
+    def summary(measured: fidelity.Tokens) -> dict[str, Any]:
+        return fidelity.summary(measured, data[0], settings.seed)
 
     with parent.head() as parents, child.head() as childs:
+        cut = tokens(parents, childs, whole, own)
+        chance = [tokens(parents, parents, whole, states) for states in others]
         return {
-            "fidelity": summary(parents, childs, (whole, own)),
-            "random_cuts": [_short(summary(parents, parents, (whole, states))) for states in others],
+            "fidelity": summary(cut),
+            "random_cuts": [_short(summary(one)) for one in chance],
+            "share_of_chance": fidelity.share_of(cut, chance, data[0], settings.seed) if chance else None,
             "not_masked": why_not,
-            "masked": _short(summary(parents, childs, (masked, own))) if masked else None,
+            "masked": _short(summary(tokens(parents, childs, masked, own))) if masked else None,
         }
 
 

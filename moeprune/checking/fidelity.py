@@ -23,6 +23,7 @@ from moeprune.checking.samples import Batch, Sample
 from moeprune.checking.subject import Head
 
 CHUNK_NUMBERS = 32_000_000  # logits held at once per model: 128 MB in float32
+LEAST = 1e-9  # a divergence that nothing is divided by
 NOT_A_NUMBER = 1e9  # JSON knows neither infinity nor NaN
 MEASURES = ("parent_loss", "loss", "kl", "same_top")
 
@@ -97,6 +98,8 @@ def _row(rows: dict[str, Tokens], seed: int) -> dict[str, Any]:
         entry[name] = _finite(mean)
         entry[f"{name}_interval"] = [_finite(bound) for bound in interval]
     entry["loss_increase"] = _finite(entry["loss"] - entry["parent_loss"])
+    worse = {domain: _loss_increase(row) for domain, row in rows.items()}
+    entry["loss_increase_interval"] = [_finite(bound) for bound in statistics.macro_interval(worse, seed)[1]]
     entry["perplexity"] = _finite(math.exp(min(entry["loss"], 700)))
     entry["parent_perplexity"] = _finite(math.exp(min(entry["parent_loss"], 700)))
     entry["kl_median"], entry["kl_p95"] = (_finite(q) for q in np.quantile(kl_N, (0.5, 0.95)))
@@ -106,6 +109,25 @@ def _row(rows: dict[str, Tokens], seed: int) -> dict[str, Any]:
 def _per_sample(row: Tokens, name: str) -> tuple[list[float], list[float]]:
     _, place_N = np.unique(row.sample_N, return_inverse=True)
     return np.bincount(place_N, row.values_N[name]).tolist(), np.bincount(place_N).astype(float).tolist()
+
+
+def _loss_increase(row: Tokens) -> tuple[list[float], list[float]]:
+    (after, weights), (before, _) = _per_sample(row, "loss"), _per_sample(row, "parent_loss")
+    return [a - b for a, b in zip(after, before, strict=True)], weights
+
+
+def share_of(own: Tokens, others: Sequence[Tokens], samples: Sequence[Sample], seed: int) -> dict[str, Any]:
+    """The KL divergence of one model as a share of the mean of the others', each on the same draws of samples."""
+    point, draws_R = statistics.macro_draws(_kl_by_domain(own, samples), seed)
+    pairs = [statistics.macro_draws(_kl_by_domain(other, samples), seed) for other in others]
+    base, base_R = float(np.mean([p for p, _ in pairs])), np.mean([draws for _, draws in pairs], axis=0)
+    interval = statistics.interval_of(draws_R / np.maximum(base_R, LEAST))
+    return {"share": _finite(point / max(base, LEAST)), "interval": [_finite(bound) for bound in interval]}
+
+
+def _kl_by_domain(tokens: Tokens, samples: Sequence[Sample]) -> statistics.Sums:
+    domain_N = np.array([samples[index].domain for index in tokens.sample_N])
+    return {name: _per_sample(_select(tokens, domain_N == name), "kl") for name in dict.fromkeys(domain_N.tolist())}
 
 
 def _finite(value: float) -> float:

@@ -27,7 +27,7 @@ def test_samples_to_see_a_doubled_loop_rate():
     seen = 0
     for _ in range(400):  # by simulation: about 80% of such experiments find it
         a, b = (sum(generator.random() < rate for _ in range(found)) for rate in (0.03, 0.06))
-        seen += statistics.more_often(b, found, a, found) > statistics.Z_95
+        seen += statistics.difference((b, found), (a, found))[0] > 0
     assert 700 < found < 800
     assert 0.73 < seen / 400 < 0.87
 

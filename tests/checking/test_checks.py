@@ -1,0 +1,171 @@
+"""Each check against a report made by hand: fails only where the whole interval is beyond its limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moeprune.checking import checks, statistics
+from moeprune.settings import Settings
+
+
+def row(kl: float, width: float = 0.1) -> dict[str, Any]:
+    """A row of fidelity whose intervals are this wide to both sides."""
+    return {
+        "kl": kl, "kl_interval": [kl - width, kl + width], "kl_median": kl / 2,
+        "parent_loss": 1.0, "loss": 1.0 + kl, "loss_increase": kl, "loss_increase_interval": [kl - width, kl + width],
+        "same_top": 0.9, "same_top_interval": [0.88, 0.92],
+    }  # fmt: skip
+
+
+def rate(hits: int, count: int, parent: int | None) -> dict[str, Any]:
+    """A rate of the pruned model and of its parent on as many prompts."""
+
+    def one(number: int) -> dict[str, Any]:
+        share = number / count if count else None
+        return {"hits": number, "count": count, "rate": share, "interval": list(statistics.wilson(number, count))}
+
+    return {"pruned": one(hits), "parent": None if parent is None else one(parent)}
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    """A sound cut, but for the changes."""
+    rates = {
+        "broken": rate(0, 800, 0), "loop": rate(1, 800, 0), "not ended": rate(0, 800, 0),
+        "correct": rate(413, 642, 632), "valid JSON": rate(29, 40, 40), "right JSON keys": rate(22, 40, 40),
+    }  # fmt: skip
+    drift = {"hits": 0, "count": 484, "interval": list(statistics.wilson(0, 484)), "moves": {}}
+    domains = {f"d{i}": row(0.3) for i in range(19)} | {"python": row(1.4, 0.5)}
+    found = {
+        "structure": {"status": "pass", "reason": "same"},
+        "fidelity": {"overall": row(0.385, 0.05), "domains": domains},
+        "random_cuts": [{"kl": 1.1}, {"kl": 1.2}],
+        "share_of_chance": {"share": 0.33, "interval": [0.28, 0.4]},
+        "generation": {"prompts": 800, "needed_prompts": 749, "enough_prompts": True},
+    }
+    found["generation"] |= {"rates": rates, "script_drift": drift}
+    for name, value in changes.items():
+        place = found["generation"]["rates"] if name in rates else found
+        place[name] = value
+    return found
+
+
+def verdicts(changes: dict[str, Any], **settings: Any) -> dict[str, checks.Check]:
+    return {check.name: check for check in checks.run(report(**changes), Settings(**settings))}
+
+
+def fidelity(**overall: Any) -> dict[str, Any]:
+    return {"fidelity": {"overall": row(0.385, 0.05) | overall, "domains": {"a": row(0.3)}}}
+
+
+FAILING = {
+    "KL": fidelity(kl=1.0, kl_interval=[0.9, 1.1]),
+    "loss": fidelity(loss_increase=1.3, loss_increase_interval=[1.1, 1.5]),
+    "same top token": fidelity(same_top=0.4, same_top_interval=[0.35, 0.45]),
+    "better than chance": {"share_of_chance": {"share": 0.9, "interval": [0.8, 1.0]}},
+    "worst domain": {"fidelity": {"overall": row(0.385), "domains": {"a": row(0.3), "b": row(3.0, 0.5)}}},
+    "generated text": {"broken": rate(300, 800, 20)},
+    "loops": {"loop": rate(48, 800, 24)},
+    "endings": {"not ended": rate(300, 800, 20)},
+    "answers": {"correct": rate(185, 642, 632)},
+    "JSON": {"valid JSON": rate(9, 40, 40)},
+    "tool calls": {"right JSON keys": rate(9, 40, 40)},
+    "script": {"generation": report()["generation"] | {
+        "script_drift": {"hits": 60, "count": 484, "interval": list(statistics.wilson(60, 484)), "moves": {}}
+    }},
+}  # fmt: skip
+UNSURE = {
+    "KL": fidelity(kl=0.9, kl_interval=[0.7, 1.1]),
+    "loss": fidelity(loss_increase=1.1, loss_increase_interval=[0.9, 1.3]),
+    "same top token": fidelity(same_top=0.45, same_top_interval=[0.39, 0.51]),
+    "better than chance": {"share_of_chance": {"share": 0.8, "interval": [0.7, 0.9]}},
+    "worst domain": {"fidelity": {"overall": row(0.3), "domains": {f"d{i}": row(2.6, 0.5) for i in range(20)}}},
+    "generated text": {"broken": rate(6, 20, 0)},
+    "endings": {"not ended": rate(6, 20, 0)},
+    "answers": {"correct": rate(8, 20, 19)},
+}
+
+
+def test_a_good_cut_of_the_demo_model_passes_with_warnings():
+    found = verdicts({})
+    assert {check.status for check in found.values()} == {"pass"}
+    assert {name for name, check in found.items() if check.warning} == {
+        "KL", "loss", "same top token", "worst domain", "answers", "JSON", "tool calls",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_what_lies_wholly_beyond_its_limit_fails_alone(name):
+    found = verdicts(FAILING[name])
+    assert [check.name for check in found.values() if check.status == "fail"] == [name]
+    assert "limit" in found[name].reason
+
+
+@pytest.mark.parametrize("name", UNSURE)
+def test_what_only_may_lie_beyond_its_limit_warns(name):
+    check = verdicts(UNSURE[name])[name]
+    assert (check.status, check.warning) == ("pass", True)
+    assert "may be beyond" in check.reason
+
+
+LIMITS = {
+    "KL": {"max_kl": 2.0},
+    "loss": {"max_loss_increase": 2.0},
+    "same top token": {"min_same_top": 0.3},
+    "better than chance": {"max_chance": 1.0},
+    "worst domain": {"max_domain_kl": 9.0},
+    "generated text": {"max_broken": 0.5},
+    "loops": {"max_loops": 0.05},
+    "endings": {"max_unended": 0.5},
+    "answers": {"min_answers": 0.1},
+    "JSON": {"min_answers": 0.1},
+    "tool calls": {"min_answers": 0.1},
+    "script": {"max_script_drift": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_every_limit_is_a_setting(name):
+    assert verdicts(FAILING[name], **LIMITS[name])[name].status == "pass"
+
+
+def test_a_few_loops_more_are_chance_and_a_doubling_is_not():
+    assert verdicts({"loop": rate(30, 800, 24)})["loops"] == checks.Check(
+        "loops", "pass", "30 of 800 texts loop, 24 of the parent's; limit 0% more"
+    )
+    assert verdicts({"loop": rate(144, 2000, 72)})["loops"].status == "fail"
+
+
+def test_answers_that_the_parent_does_not_know_cannot_be_lost():
+    assert verdicts({"correct": rate(0, 642, 0)})["answers"].status == "not tested"
+
+
+def test_without_a_parent_only_what_needs_none_is_tested():
+    alone = {name: rate(600, 800, None) for name in ("broken", "loop", "not ended", "correct")}
+    found = verdicts({**alone, "fidelity": None, "random_cuts": None, "structure": None})
+    tested = {name for name, check in found.items() if check.status != "not tested"}
+    assert tested == {"generated text", "JSON", "tool calls", "script"}
+    assert found["generated text"].status == "fail"
+
+
+def test_the_last_line_counts_and_says_what_a_warning_is():
+    def closing(changes: dict[str, Any]) -> str:
+        return checks.closing([vars_of(check) for check in checks.run(report(**changes), Settings())])
+
+    def vars_of(check: checks.Check) -> dict[str, Any]:
+        return {"name": check.name, "status": check.status, "warning": check.warning}
+
+    assert closing({}).startswith("13 of 13 checks passed; 7 of them with a warning (KL, loss, same top token, worst")
+    failing = closing({"loop": rate(48, 800, 24), "structure": None})
+    assert failing.startswith("1 failed (loops), 11 of 13 checks passed, 1 not tested (structure)")
+
+
+def test_the_difference_of_two_rates_is_newcombes():
+    """Newcombe 1998, table II: 56/70 and 48/80, 9/10 and 3/10, 10/10 and 0/20."""
+    for own, parent, interval in (
+        ((56, 70), (48, 80), (0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.1705, 0.8090)),
+        ((10, 10), (0, 20), (0.6791, 1.0)),
+    ):
+        assert statistics.difference(own, parent) == pytest.approx(interval, abs=1e-3)
