@@ -2,8 +2,8 @@
 
 Nearly all families hand (hidden states, indices, gates) to an experts module that may be run by a shared grouped
 implementation. That one offers a place behind the experts and in front of the gates, meant for a norm, where the
-outputs can be seen. The few families with loops or products of their own have an adapter each. All of them only look:
-the forward stays the model's own, to the bit.
+outputs can be seen. The few families with loops or products of their own have an adapter each, and experts that are
+modules run by unknown code are asked (asking.py). All of them only look: the forward stays the model's own, to the bit.
 
 Legend of the array suffixes: T tokens, K experts per token, S slots sorted by expert, E experts, H hidden.
 """
@@ -14,16 +14,20 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from moeprune.checkpoint.families import Block
-from moeprune.errors import InputError, UsageError
+from moeprune.console import warn
+from moeprune.errors import InputError
+from moeprune.scoring.asking import attach_modules, one_after_another
+from moeprune.scoring.hooks import Removable, Undo
 from moeprune.scoring.loading import LayerLoader
-from moeprune.scoring.observer import Observer, Site
+from moeprune.scoring.observer import Observer, RunAll, Site
+from moeprune.scoring.odd_experts import attach_jetmoe, attach_llama4
 
 # Experts whose sum is multiplied with a constant, by themselves or by their block: module, owner -> the constant.
 FACTORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -34,24 +38,22 @@ FACTORS: dict[str, Callable[[Any, Any], Any]] = {
     "OpenAIPrivacyFilterExperts": lambda _module, owner: owner.num_experts,  # of one token: its router divides by it
     "NllbMoeExperts": lambda module, _owner: 1 - module.moe_token_dropout,
 }
+# Routers whose gate values do not tell which function of their logits is the probability.
+SCORES_OF = {
+    "Llama4TextExperts": "sigmoid",  # goes into the expert's input, and of one expert alone
+    "PhimoeExperts": "softmax",  # over what is left of the logits after each choice
+    "NllbMoeExperts": "softmax",
+    "SwitchTransformersExperts": "softmax",
+}
+# What a person should know about the experts of a class before the scores are used.
+REMARKS = {
+    "NllbMoeExperts": "transformers 5.23 takes NLLB-MoE's table of zeros and ones for expert numbers, so that only "
+    "experts 0 and 1 ever run; only scores of --scoring-mode full mean anything (metric full)",
+}
 
 
 def _no_factor(_module: Module, _owner: Module) -> float:
     return 1.0
-
-
-class Removable(Protocol):
-    """A hook that can be taken off again."""
-
-    def remove(self) -> None:
-        """Take it off."""
-
-
-@dataclass
-class Undo:
-    """Calls a function when removed."""
-
-    remove: Callable[[], None]
 
 
 Attach = Callable[[Observer, Site, Module], list[Removable]]
@@ -64,7 +66,6 @@ class Adapter:
     name: str
     fits: Callable[[Module], bool]
     attach: Attach
-    every_expert: Callable[[Module], bool]  # whether mode full can run all experts on all tokens through it
 
 
 def arguments(module: Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -76,6 +77,16 @@ def arguments(module: Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor,
         return x.reshape(-1, x.shape[-1]), index, gate
 
     return read
+
+
+def by_indices(module: Module, experts: int) -> RunAll:
+    """Mode full through the module itself: every token is sent to every expert."""
+
+    def run(x_TH: torch.Tensor, _rows: slice) -> None:
+        index_TE = torch.arange(experts, device=x_TH.device).expand(len(x_TH), experts)
+        module(x_TH, index_TE, torch.ones(len(x_TH), experts, dtype=x_TH.dtype, device=x_TH.device))
+
+    return run
 
 
 def uses_grouped(module: Module) -> bool:
@@ -94,7 +105,7 @@ def attach_grouped(observer: Observer, site: Site, module: Module) -> list[Remov
         observer.begin(site, expert_S, order_S // index_TK.shape[-1], gate_TK.reshape(-1)[order_S], x_TH)
 
     def after(_module: Module, args: Any, kwargs: Any, _output: Any) -> None:
-        observer.every_expert(site, module, read(args, kwargs)[0])
+        observer.every_expert(site, module, read(args, kwargs)[0], by_indices(module, site.block.experts))
 
     hooks: list[Removable] = [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -133,6 +144,10 @@ def attach_loop(observer: Observer, site: Site, module: Module) -> list[Removabl
     """Collect the loop's outputs expert by expert; within one they come in the order of torch.where on [K, T]."""
     read = arguments(module)
     spies: list[GateSpy] = []
+    if isinstance(module, torch.nn.ModuleDict):
+        run_all = one_after_another(observer, site, list(module.values()))
+    else:
+        run_all = by_indices(module, site.block.experts)
 
     def before(_module: Module, _args: Any, _kwargs: Any) -> None:
         spies.append(GateSpy())
@@ -151,7 +166,7 @@ def attach_loop(observer: Observer, site: Site, module: Module) -> list[Removabl
         y_SH = torch.cat(spy.rows)[:ours] if spy.rows else x_TH[:0]
         observer.begin(site, expert_S, token_S, gate_TK[token_S, k_S], x_TH)
         observer.outputs(site, y_SH)
-        observer.every_expert(site, module, x_TH)
+        observer.every_expert(site, module, x_TH, run_all)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -165,56 +180,13 @@ def runs_a_loop(module: Module) -> bool:
     return len(names) == 4 and "experts" in type(module).__name__.lower()
 
 
-def attach_llama4(observer: Observer, site: Site, module: Module) -> list[Removable]:
-    """Here the gate multiplies the expert's input, and every expert runs on every token, most with an input of zeros.
-
-    What an expert contributes is f(g x), so its norm is scored with a gate of one.
-    """
-    block = observer.stream.model.get_submodule(site.path.rpartition(".")[0])
-    chosen: list[torch.Tensor] = []
-
-    def routed(_module: Module, args: Any, output: Any) -> None:
-        chosen[:] = [torch.topk(output[1], block.top_k, dim=1).indices, args[0]]  # type: ignore[arg-type]
-
-    def after(_module: Module, _args: Any, y: torch.Tensor) -> None:
-        index_TK, x_TH = chosen
-        expert_S, order_S = torch.sort(index_TK.reshape(-1), stable=True)
-        token_S = order_S // index_TK.shape[-1]
-        observer.begin(site, expert_S, token_S, torch.ones_like(expert_S), x_TH)
-        observer.outputs(site, y[expert_S * len(x_TH) + token_S])
-
-    router: Module = block.router  # type: ignore[assignment]
-    return [router.register_forward_hook(routed), module.register_forward_hook(after)]
-
-
-def attach_jetmoe(observer: Observer, site: Site, module: Module) -> list[Removable]:
-    """The router sorts the tokens itself and says how many each expert gets; so do the attention's experts."""
-
-    def routed(_module: Module, args: Any, output: Any) -> None:
-        _, token_S, gate_S, sizes, _ = output
-        x_TH = args[0].reshape(-1, args[0].shape[-1])
-        counts_E = torch.tensor(sizes, device=token_S.device)
-        expert_S = torch.repeat_interleave(torch.arange(len(sizes), device=token_S.device), counts_E)
-        observer.begin(site, expert_S, token_S, gate_S, x_TH)
-
-    router: Module = module.router  # type: ignore[assignment]
-    outputs: Module = module.output_linear  # type: ignore[assignment]
-    return [
-        router.register_forward_hook(routed),
-        outputs.register_forward_hook(lambda _module, _args, y_SH: (observer.outputs(site, y_SH), None)[1]),
-    ]
-
-
-def _never(_module: Module) -> bool:
-    return False
-
-
 # The first that fits is taken.
 ADAPTERS = (
-    Adapter("grouped", uses_grouped, attach_grouped, lambda _module: True),
-    Adapter("llama4", lambda module: type(module).__name__ == "Llama4TextExperts", attach_llama4, _never),
-    Adapter("jetmoe", lambda m: hasattr(m, "output_linear") and hasattr(m, "router"), attach_jetmoe, _never),
-    Adapter("loop", runs_a_loop, attach_loop, lambda module: not isinstance(module, torch.nn.ModuleDict)),
+    Adapter("grouped", uses_grouped, attach_grouped),
+    Adapter("llama4", lambda module: type(module).__name__ == "Llama4TextExperts", attach_llama4),
+    Adapter("jetmoe", lambda m: hasattr(m, "output_linear") and hasattr(m, "router"), attach_jetmoe),
+    Adapter("loop", runs_a_loop, attach_loop),
+    Adapter("modules", lambda m: isinstance(m, torch.nn.ModuleList | torch.nn.ModuleDict), attach_modules),
 )
 
 
@@ -222,16 +194,25 @@ def find_sites(observer: Observer, blocks: Sequence[Block]) -> None:
     """Find the modules that run each block's experts. Blocks that the model does not run (MTP) have none."""
     modules = dict(observer.stream.model.named_modules())
     for block in blocks:
-        for path in _paths(observer.stream.loader, modules, block):
-            factor = FACTORS.get(type(modules[path]).__name__, _no_factor)
+        paths = _paths(observer.stream.loader, modules, block)
+        layers = {path: observer.stream.loader.layer_of(path) for path in paths}
+        first = min(layers.values(), key=observer.stream.order.__getitem__, default="")
+        for path in (path for path in paths if layers[path] == first):  # of two halves with the same weights, the first
+            kind = type(modules[path]).__name__
+            factor = FACTORS.get(kind, _no_factor)
             value = float(factor(modules[path], modules[path.rpartition(".")[0]]))
-            observer.sites.append(Site(block, path, observer.stream.loader.layer_of(path), value))
+            observer.sites.append(Site(block, path, first, value, scoring=SCORES_OF.get(kind, "")))
+            if kind in REMARKS:
+                warn(REMARKS[kind])
 
 
 def _paths(loader: LayerLoader, modules: Mapping[str, Module], block: Block) -> list[str]:
     """The modules that the block's expert tensors go into; beside the block's router where that is known."""
     experts = [
-        target for p in block.parts if not p.router and p.kind != "ids" for target in loader.targets_of(p.tensor)
+        target
+        for p in block.parts
+        if not p.router and p.kind != "ids" and p.share == 1  # what neighbours share is no expert of its own
+        for target in loader.targets_of(p.tensor)
     ]
     routers = [target for part in block.parts if part.router for target in loader.targets_of(part.tensor)]
     paths: dict[str, None] = {}
@@ -270,8 +251,6 @@ def attached(observer: Observer) -> Iterator[None]:
             module = observer.stream.model.get_submodule(site.path)
             adapter = adapter_of(module)
             assert adapter is not None
-            if observer.mode == "full" and not adapter.every_expert(module):
-                raise UsageError(f"mode full cannot run all experts of {type(module).__name__}; use mode routed")
             hooks += attach_kinds(observer, site) + adapter.attach(observer, site, module)
             if observer.mode != "routed":
                 hooks += attach_router(observer, site)

@@ -63,14 +63,31 @@ class LayerLoader:
             layer: sum(checkpoint.tensors[source].nbytes for source in self._sources(names))
             for layer, names in self.sources.items()
         }
+        self.borrowed = self._borrow()
         self.dequantizes = any(recipe.make is not None for recipe in self.recipes.values())
         self._targets: dict[str, list[str]] = {}
         for name, recipe in self.recipes.items():
             for source in recipe.sources.values():
                 self._targets.setdefault(source, []).append(self.memory_name[name])
+        for names in self._targets.values():
+            names += [name for pairs in self.borrowed.values() for name, lent in pairs.items() if lent in names]
         self._empty: dict[str, torch.Tensor] = {}  # what stood in a parameter's place before it was loaded
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
         self._ahead: tuple[str, Future[Tensors]] | None = None
+
+    def _borrow(self) -> dict[str, dict[str, str]]:
+        """Layers that share parameters with others, name by name; from here on they are loaded with their lenders."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        borrowed = {}
+        for layer in self.layers:
+            pairs = {
+                name: tied[name] for name in self.wanted[layer] if self.layer_of(tied.get(name, "")) not in ("", layer)
+            }
+            for lender in {self.layer_of(name) for name in pairs.values()}:
+                self.sources[layer] = [*self.sources[layer], *self.sources[lender]]
+                self.wanted[layer] = [*self.wanted[layer], *self.wanted[lender]]
+                borrowed[layer] = pairs
+        return borrowed
 
     def layer_of(self, name: str) -> str:
         """The layer that a module or parameter belongs to, or OUTSIDE."""
@@ -128,6 +145,8 @@ class LayerLoader:
                 f"{self.checkpoint.folder}: {name} has shape {tuple(found)} where the config promises {tuple(expected)}"
             )
         self._refuse_missing(layer, [name for name in wanted if name in info.missing_keys])
+        for name, lent in self.borrowed.get(layer, {}).items():
+            self._put(name, self.model.get_parameter(lent))
 
     def refuse_empty(self, skip: Iterable[str] = ()) -> None:
         """What lies outside the layers must be complete once tied; it may not be tied to a layer that comes later."""
@@ -155,9 +174,12 @@ class LayerLoader:
         for name in self.wanted[layer]:
             empty = self._empty.pop(name, None)
             if empty is not None:
-                path, _, attribute = name.rpartition(".")
-                setattr(self.model.get_submodule(path), attribute, empty)
+                self._put(name, empty)
         release_memory()
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, attribute = name.rpartition(".")
+        setattr(self.model.get_submodule(path), attribute, tensor)
 
     def close(self) -> None:
         """Stop the reader."""

@@ -37,6 +37,7 @@ SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sqrt of softplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
     "identity": lambda scores: scores.clamp_min(0),
 }
+RunAll = Callable[[torch.Tensor, slice], Any]  # runs all experts on these tokens, which are those rows of the batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,20 +147,17 @@ class Observer:
         score_TE = SCORING[site.scoring](site.scores_TE.double())
         return (score_TE / score_TE.sum(-1, keepdim=True))[:, : site.block.experts]
 
-    def every_expert(self, site: Site, module: torch.nn.Module, x_TH: torch.Tensor) -> None:
-        """Mode full: run all experts on all tokens, in chunks, and add p |f| for each."""
+    def every_expert(self, site: Site, module: torch.nn.Module, x_TH: torch.Tensor, run: RunAll, step: int = 0) -> None:
+        """Mode full: run all experts on all tokens, in chunks (or `step` tokens at a time), and add p |f| for each."""
         if self.mode != "full" or site.all_tokens is not None:
             return
-        experts = site.block.experts
         bucket_T, probability_TE = self._buckets_of(site), self._probabilities(site)
         width = max(x_TH.shape[-1], _inner_size(module))
-        chunk = max(1, FULL_BYTES // (2 * experts * width * x_TH.element_size()))
+        chunk = step or max(1, FULL_BYTES // (2 * site.block.experts * width * x_TH.element_size()))
         for start in range(0, len(x_TH), chunk):
             rows = slice(start, start + chunk)
-            x = x_TH[rows]
             site.all_tokens, site.probability_TE = bucket_T[rows], probability_TE[rows]
-            index_TE = torch.arange(experts, device=x.device).expand(len(x), experts)
-            module(x, index_TE, torch.ones(len(x), experts, dtype=x.dtype, device=x.device))
+            run(x_TH[rows], rows)
         site.all_tokens = site.probability_TE = None
 
     def outputs(self, site: Site, y_SH: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from moeprune.metadata import Sums
 from moeprune.scoring.adapters import attached, find_sites
 from moeprune.scoring.batching import Batch
 from moeprune.scoring.calibration import Calibration
+from moeprune.scoring.entrance import also_given, entrance
 from moeprune.scoring.memory import peak
 from moeprune.scoring.observer import Observer
 from moeprune.scoring.pixels import moved
@@ -72,14 +73,9 @@ def forward(batch: Batch) -> Forward[None]:
         # model.device may be that of a layer that is not loaded.
         device = next(called.get_input_embeddings().parameters()).device
         inputs = {name: moved(value, device, model.dtype) for name, value in batch.inputs.items()}
-        called(**inputs, use_cache=False)
+        called(**inputs, **also_given(model, inputs), use_cache=False)
 
     return run
-
-
-def entrance(model: PreTrainedModel) -> Any:
-    """What takes token ids: the model itself, or the part of a model of several that thinks before it talks."""
-    return model.get_submodule("thinker") if hasattr(model, "thinker") else model
 
 
 class LayerProgress:

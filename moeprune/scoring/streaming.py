@@ -211,10 +211,12 @@ def find_layers(model: PreTrainedModel) -> dict[str, Module]:
     Models list their parts in any order. Images and sounds are seen before the text that they stand in is read: texts
     must wait for them, or the text layers would be passed twice.
     """
+    unsplit = set(model._no_split_modules or ())
     layers: dict[str, Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(layer + ".") for layer in layers)
-        if isinstance(module, GradientCheckpointingLayer) and not inside:
+        numbered = name.rpartition(".")[2].isdigit() and type(module).__name__ in unsplit
+        if (isinstance(module, GradientCheckpointingLayer) or numbered) and not inside:
             layers[name] = module
     towers = [name for name in layers if any(word in name for word in TOWERS)]
     return {name: layers[name] for name in [*towers, *layers]}

@@ -1,6 +1,7 @@
 """Every family: the streamed forward is the model's own to the bit, and what the observer saw adds up to what it did.
 
 The sum over a token's experts of gate times output, as the observer sees both, must be what their module puts out.
+In mode full, the sums over all tokens and experts must be those of an oracle.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Module
 
 from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
-from moeprune.errors import InputError
 from moeprune.scoring.adapters import attached, find_sites
 from moeprune.scoring.batching import Batch
+from moeprune.scoring.entrance import also_given, entrance
 from moeprune.scoring.observer import Observer, Site
-from moeprune.scoring.run import entrance
 from moeprune.scoring.streaming import LayerStream
 from tests import tiny
 from tests.scoring import streamed
+from tests.scoring.every_expert import Oracle
 
-NOT_STREAMED = {"diffusion_gemma": "its decoder is tied to layers of the encoder, which are not on the disk"}
 # What the experts' module puts out, as a sum over experts for each token.
 ROUTED_SUM: dict[str, Callable[[Module, torch.Tensor], torch.Tensor]] = {
     "Llama4TextExperts": lambda module, out: out.view(module.num_experts, -1, out.shape[-1]).sum(0),
@@ -38,6 +39,8 @@ class Adding(Observer):
     """An observer that also adds gate times output, token by token."""
 
     def outputs(self, site: Site, y_SH: torch.Tensor) -> torch.Tensor:
+        if site.all_tokens is not None:
+            return super().outputs(site, y_SH)
         assert site.slots is not None
         sums_TH = torch.zeros(len(self._bucket_T), y_SH.shape[-1], dtype=torch.float64)
         gate_S = site.slots.gate_S / site.factor
@@ -45,12 +48,9 @@ class Adding(Observer):
         return super().outputs(site, y_SH)
 
 
-def forwards(stream: LayerStream, data: list[Batch]) -> list[Callable[[Module], torch.Tensor]]:
+def forwards(data: list[Batch]) -> list[Callable[[Module], torch.Tensor]]:
     def one(batch: Batch) -> Callable[[Module], torch.Tensor]:
-        inputs = dict(batch.inputs)
-        if stream.model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        return lambda model: logits(entrance(model)(**inputs, use_cache=False))
+        return lambda model: logits(entrance(model)(**batch.inputs, **also_given(model, batch.inputs), use_cache=False))
 
     return [one(batch) for batch in data]
 
@@ -59,31 +59,35 @@ def logits(output: Any) -> torch.Tensor:
     return output.logits if hasattr(output, "logits") else output[0]
 
 
-@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in NOT_STREAMED])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_streamed_is_plain_and_observed_is_real(family: str, tmp_path) -> None:
     folder, data = streamed.checkpoint(family), streamed.batches(count=2, length=10)
     if family.startswith("qwen3_omni"):
         name_vision_token(folder)
     opened = open_checkpoint(folder)
     stream = LayerStream(opened, streamed.settings(tmp_path))
-    observer = Adding(stream, data, streamed.DOMAINS)
+    observer = Adding(stream, data, streamed.DOMAINS, "full")
     blocks = understand(opened).blocks
     find_sites(observer, blocks)
     assert {site.block.name for site in observer.sites} == {block.name for block in blocks if block.role != "mtp"}
     checked = watch(observer)
-    runs = forwards(stream, data)
+    runs = forwards(data)
     with attached(observer):
         handles = [hook() for hook in checked.hooks]
         found = stream.run(runs, watchers=(observer,))
         for handle in handles:
             handle.remove()
     model = streamed.plain(folder)
+    oracle = Oracle(family, model, observer)
     with torch.no_grad():
-        for result, run in zip(found, runs, strict=True):
-            assert torch.equal(result, run(model))
+        for result, run, batch in zip(found, runs, data, strict=True):
+            with oracle.watching():
+                assert torch.equal(result, run(model))
+            oracle.add(batch)
     for block in observer.result().blocks:
         assert block.values["count"].sum() > 0
         assert block.tokens_D.tolist() == [20, 15] or block.block.endswith(".vision")
+        np.testing.assert_allclose(block.values["full_sum"], oracle.sums[block.block], rtol=1e-4, err_msg=block.block)
     assert checked.paths >= {site.path for site in observer.sites if site.block.role == "trunk"} or family == "jetmoe"
 
 
@@ -92,13 +96,6 @@ def name_vision_token(folder: Path) -> None:
     config = tiny.read_config(folder)
     config.get("thinker_config", config)["vision_start_token_id"] = 4
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-@pytest.mark.parametrize("family", NOT_STREAMED)
-def test_what_cannot_be_streamed_says_so(family: str, tmp_path) -> None:
-    stream = LayerStream(open_checkpoint(streamed.checkpoint(family)), streamed.settings(tmp_path))
-    with pytest.raises(InputError, match="cannot be streamed"):
-        stream.run(forwards(stream, streamed.batches(count=1)))
 
 
 class Checked:
@@ -116,6 +113,8 @@ def watch(observer: Adding) -> Checked:
             continue
 
         def compare(module: Module, _args: Any, output: torch.Tensor, site: Site = site) -> None:
+            if site.all_tokens is not None:  # mode full runs every expert
+                return
             read = ROUTED_SUM.get(type(module).__name__, lambda _module, out: out.reshape(-1, out.shape[-1]))
             routed = read(module, output).double()
             if type(module).__name__ == "LongcatFlashExperts":  # identity experts add the token itself
