@@ -2,7 +2,7 @@
 
 A GGUF file has neither config.json nor the names that transformers knows. TABLE says for each architecture of llama.cpp
 what its keys and names stand for; sizes are read from the tensors where they can be. To add an architecture, add an
-entry; what transformers describes by itself (qwen35moe) comes from there, in gguf_library.py.
+entry; what transformers itself describes in full comes from there (gguf_library.py).
 """
 
 from __future__ import annotations
@@ -221,22 +221,21 @@ def _deepseek(facts: Facts) -> dict[str, Any]:
 
 
 def _glm4(facts: Facts) -> dict[str, Any]:
+    return _routed(facts) | {"use_qk_norm": facts.has("attn_q_norm.weight"), "rope_parameters": _rotating_part(facts)}
+
+
+def _rotating_part(facts: Facts) -> dict[str, Any]:
+    """The rotary embedding where it may turn a part of each head only."""
     part = facts.get("rope.dimension_count", facts.head_dim) / facts.head_dim
-    return _routed(facts) | {
-        "use_qk_norm": facts.has("attn_q_norm.weight"),
-        "partial_rotary_factor": part,
-        "rope_parameters": rope(facts, partial_rotary_factor=part),
-    }
+    return rope(facts, **({"partial_rotary_factor": part} if part < 1 else {}))
 
 
 def _minimax(facts: Facts) -> dict[str, Any]:
-    rotary = facts.get("rope.dimension_count", facts.head_dim)
     return {
         "num_local_experts": facts["expert_count"],
         "intermediate_size": facts.expert_width,
         "head_dim": facts.head_dim,
-        "rotary_dim": rotary,
-        "rope_parameters": rope(facts, partial_rotary_factor=rotary / facts.head_dim),
+        "rope_parameters": _rotating_part(facts),
     }
 
 

@@ -6,7 +6,7 @@ first, rounded once to the type that computes. Legend: N blocks, B bytes of a bl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers.integrations.gguf.dequant import GGML_NAME
@@ -16,6 +16,7 @@ from moeprune.checkpoint import gguf
 from moeprune.errors import InputError
 
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SCALE = ".scale"  # beside NVFP4: a factor for the matrix, or for each expert
 AT_ONCE = 2**22  # values; the steps between take some 10 times as many bytes
 FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
@@ -32,6 +33,19 @@ def dequantize(raw: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor
     for start in range(0, len(blocks_NB), step):
         made_NV[start : start + step] = make(blocks_NB[start : start + step])
     return made_NV.view(*raw.shape[:-1], -1)
+
+
+def values(
+    stored: Mapping[str, torch.Tensor], source: str, kind: str, dtype: torch.dtype, row: int | None = None
+) -> torch.Tensor:
+    """The values of a source or of one of its rows, times the factor that may lie beside it."""
+    raw, factor = stored[source], stored.get(source + SCALE)
+    raw = raw if row is None else raw[row]
+    if factor is None:
+        return dequantize(raw, kind, dtype)
+    factor = factor if factor.numel() == 1 or row is None else factor[row]
+    value = dequantize(raw, kind, torch.float32)
+    return (value * factor.reshape(-1, *[1] * (value.dim() - 1))).to(dtype)
 
 
 def check(kind: str, name: str) -> None:

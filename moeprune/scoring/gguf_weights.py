@@ -17,13 +17,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
+from moeprune.scoring import gguf_library
 from moeprune.scoring.dequantize import Recipe, Stored
 from moeprune.scoring.gguf_models import INSTEAD, LEAVES, OUTSIDE, TABLE, Facts, Model, common
-from moeprune.scoring.gguf_types import check, dequantize
+from moeprune.scoring.gguf_types import SCALE, check, values
 
 LAYER = re.compile(r"blk\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
 ALONE = re.compile(r"ffn_(?P<kind>gate|up|down)\.(?P<expert>\d{1,6})\.weight")  # files of 2023
-SCALE = ".scale"  # beside NVFP4: a factor for the matrix, or for each expert
 UNUSED = re.compile(r"(\.input_scale|rope_freqs\.weight|attn_rot_embd\.weight)$")  # the first is for engines in FP4
 UNSQUEEZED = {"ffn_gate_inp_shexp.weight": 0, "shortconv.conv.weight": 1}  # axes of one that llama.cpp leaves out
 
@@ -41,10 +41,11 @@ Build = Callable[[Read], torch.Tensor]
 def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The configuration, from the metadata and the shapes."""
     facts = Facts(checkpoint)
+    if facts.architecture in gguf_library.ARCHITECTURES:
+        return AutoConfig.for_model(**gguf_library.config_of(checkpoint))
     model = _model(facts)
-    values: dict[str, Any] = {"model_type": model.model_type, "architectures": [model.architecture]}
-    values |= common(facts) | model.config(facts)
-    return AutoConfig.for_model(**values)
+    found: dict[str, Any] = {"model_type": model.model_type, "architectures": [model.architecture]}
+    return AutoConfig.for_model(**found | common(facts) | model.config(facts))
 
 
 def _model(facts: Facts) -> Model:
@@ -66,6 +67,10 @@ def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
             match = LAYER.fullmatch(tensor.name)
             of_layer = layers.setdefault(int(match["layer"]) if match else -1, {})
             of_layer[match["leaf"] if match else tensor.name] = tensor.name
+    if facts.architecture in gguf_library.ARCHITECTURES:
+        return gguf_library.recipes(
+            checkpoint, config_of(checkpoint), [name for part in layers.values() for name in part.values()]
+        )
     model, found = _model(facts), dict[str, Recipe]()
     for layer, leaves in sorted(layers.items()):
         if layer < facts.layers:
@@ -150,16 +155,7 @@ class _Part:
 
 
 def _make(stored: Stored, dtype: torch.dtype, build: Build, kinds: Mapping[str, str]) -> torch.Tensor:
-    def read(source: str, row: int | None = None, /) -> torch.Tensor:
-        raw = stored[source] if row is None else stored[source][row]
-        factor = stored.get(source + SCALE)
-        if factor is None:
-            return dequantize(raw, kinds[source], dtype)
-        factor = factor if factor.numel() == 1 or row is None else factor[row]
-        value = dequantize(raw, kinds[source], torch.float32)
-        return (value * factor.reshape(-1, *[1] * (value.dim() - 1))).to(dtype)
-
-    return build(read)
+    return build(lambda source, row=None: values(stored, source, kinds[source], dtype, row))
 
 
 def _whole(read: Read, axis: int | None) -> torch.Tensor:
