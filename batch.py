@@ -18,6 +18,7 @@ def main(argv: list[str]) -> None:
     """Prompts -> what has no answer yet -> answers, each on the disk as it arrives."""
     settings = resolve("batch", argv)
     prompts = load_prompts(_needed(settings.prompts_path, "prompts", "--prompts-path"))
+    _needed(settings.endpoint, "server", "--endpoint http://127.0.0.1:8000/v1")
     server = Server(settings.endpoint, settings.endpoint_key, settings.request_timeout, settings.attempts)
     path = Path(settings.answers_path) if settings.answers_path else settings.output_path / "answers.jsonl"
     other = read_answers(_needed(settings.compare, "answers", "--compare")) if settings.compare else None
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
 
 def _needed(text: str, what: str, flag: str) -> Path:
     if not text:
-        raise UsageError(f"no {what} given; name them with {flag}")
+        raise UsageError(f"no {what} given; say which with {flag}")
     return Path(text)
 
 

@@ -289,6 +289,8 @@ main() {
   done
   command=${1:-help}
   shift || true
+  [[ $# -eq 0 || $command != @(full|demo) ]] ||
+    die "$command takes no arguments; put settings in .env or before it: REAP_SEED=1 ./run.sh $command"
   case $command in
     plan | reap | preview | prune | test | full | combine | batch | demo | shell)
       choose_runtime "$command"
@@ -309,12 +311,11 @@ main() {
     combine) step combine python combine.py "$@" ;;
     batch) step batch python batch.py "$@" ;;
     full)
-      [[ $# -eq 0 ]] || die "full takes no arguments; put settings in .env or before it: REAP_PRUNE_RATIO=0.25 ./run.sh full"
       step reap python reap.py
       step prune python prune_model.py
       step test python test_pruned_model.py
       ;;
-    demo) [[ $# -eq 0 ]] || die "demo takes no arguments" && demo ;;
+    demo) demo ;;
     check) check "$@" ;;
     engines)
       set_up requirements-dev.txt

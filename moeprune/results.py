@@ -25,5 +25,7 @@ def newest_model(output: Path) -> Path:
     recipes = [path for kind in (CUT, SCORES) for path in output.glob(f"*/{FILES[kind]}")]
     made = [p for p in recipes if p.parent.suffix != PARTIAL and (p.parent / "config.json").is_file()]
     if not made:
-        raise InputError(f"no pruned model in {output}; run the prune stage or pass --pruned-output-path")
+        raise InputError(
+            f"no pruned model in {output}; run ./run.sh prune first, or name a folder with --pruned-output-path"
+        )
     return max(made, key=lambda path: path.stat().st_mtime).parent

@@ -34,7 +34,9 @@ def find(settings: Settings) -> Case:
     """The pruned folder (named, or the newest in the output folder), its parent and its plan."""
     pruned = Path(settings.pruned_output_path) if settings.pruned_output_path else newest_model(settings.output_path)
     if not (pruned / "config.json").is_file():
-        raise InputError(f"no pruned model at {pruned}; run the prune stage or pass --pruned-output-path")
+        raise InputError(
+            f"no pruned model at {pruned}; run ./run.sh prune first, or name a folder with --pruned-output-path"
+        )
     recipes = [_recipe(pruned / FILES[kind], kind) for kind in RECIPES]
     keep = next((found for recipe in recipes if (found := plan_of(recipe))), None)
     paths = [recipe.get("inputs", {}).get("model", {}).get("path", "") for recipe in recipes]

@@ -78,11 +78,13 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> 
     if not path.exists():
         if settings.plans:
             return []
-        raise InputError(f"no scores at {path}; run reap.py on the model first, or give --plans")
+        raise InputError(f"no scores at {path}; run ./run.sh reap first, or give --plans")
     data = metadata.read_result(path, SCORES)
     scored = data["inputs"]["model"].get("fingerprint")
     if not settings.other_scores and scored != fingerprint(checkpoint):
-        raise InputError(f"the scores in {path} were made on another model; run reap.py on it, or pass --other-scores")
+        raise InputError(
+            f"the scores in {path} were made on another model; run ./run.sh reap on it, or pass --other-scores"
+        )
     sums = metadata.Sums.from_json(data.get("scores", {}))
     model, calibration = decision.Model.of(layout), data["inputs"].get("calibration", {})
     made = []
@@ -110,7 +112,7 @@ def measure(
 ) -> dict[str, Any]:
     """Stream the parent with every variant's mask and compare each with the parent itself."""
     start = time.monotonic()
-    tokenizer = load_tokenizer(checkpoint.folder, settings)
+    tokenizer = load_tokenizer(checkpoint.place, settings)
     held_out = samples.load_samples(settings.evaluation_path, settings.evaluation_samples, settings.seed)
     batches = samples.batches(held_out, tokenizer, settings.max_seq_len, settings.batch_size)
     parent = Streamed(checkpoint.folder, settings)

@@ -52,6 +52,11 @@ class Checkpoint:
         """What all tensors take."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def place(self) -> Path:
+        """What a person would name: the folder, or the first GGUF file, as a folder may hold several models."""
+        return self.shards[0] if self.container == "gguf" else self.folder
+
     def read_bytes(self, name: str) -> bytes:
         """The bytes of one tensor."""
         tensor = self.tensors[name]
@@ -68,7 +73,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if folder.is_file() and folder.suffix == ".gguf":
         return _open_gguf(folder)
     if not folder.is_dir():
-        raise InputError(f"no model folder at {folder}")
+        what = "is a file, not a model" if folder.exists() else "is not there"
+        raise InputError(f"{folder} {what}; name the folder with config.json and the weights, or a GGUF file")
     root = folder.resolve()
     files = sorted(_files(root, root))
     if Path("config.json") not in files and (only := _only_gguf(root, files)):

@@ -15,7 +15,7 @@ from pathlib import Path
 from moeprune.checkpoint.folder import INDEX, Checkpoint, open_checkpoint
 from moeprune.checkpoint.headers import Tensor
 from moeprune.checkpoint.predicted import index_of, predicted, without_weights
-from moeprune.errors import InputError, MachineError
+from moeprune.errors import InputError, MachineError, UsageError
 from moeprune.metadata import read_json
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -34,7 +34,7 @@ def open_outline(model: str, token: str = "") -> Outline:
     """The outline of a folder, complete or not, or of a model at the hub; no weight is read or fetched."""
     path = Path(model).expanduser()
     if not model:
-        raise InputError("no model given; pass --model-path or set REAP_MODEL_PATH to a folder or a hub id")
+        raise UsageError("no model given; pass --model-path or set REAP_MODEL_PATH to a folder or a hub id")
     if path.is_dir() and not _is_complete(path):
         return Outline(predicted(path), False, "names and total size from the index, sizes of experts from config.json")
     if path.exists():

@@ -125,7 +125,9 @@ def check_count(count: int, limits: Limits) -> None:
         return
     possible = [c for c in range(1, limits.experts + 1) if not limits.objection(c)]
     near = sorted(sorted(possible, key=lambda c: abs(c - count))[:2])
-    raise UsageError(f"{count} experts cannot be kept: {objection}; possible nearby: {', '.join(map(str, near))}")
+    raise UsageError(
+        f"cannot keep {count} of {limits.experts} experts: {objection}; possible nearby: {', '.join(map(str, near))}"
+    )
 
 
 def make_plan(

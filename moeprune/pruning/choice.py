@@ -100,7 +100,7 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout, lea
     blocks = layout.blocks
     path = settings.output_path / FILES[SCORES]
     if not path.exists():
-        raise InputError(f"no scores at {path}; run reap.py on the model first, or give a plan with --plan")
+        raise InputError(f"no scores at {path}; run ./run.sh reap first, or give a plan with --plan")
     data = metadata.read_result(path, SCORES)
     _check_same_model(settings, checkpoint, data, path)
     sums = metadata.Sums.from_json(data.get("scores", {}))
@@ -132,10 +132,10 @@ def _check_same_model(settings: Settings, checkpoint: Checkpoint, data: dict[str
     if settings.other_scores or scored.get("fingerprint") == fingerprint(checkpoint):
         return
     if scored.get("path") == str(checkpoint.folder):
-        raise InputError(f"{checkpoint.folder} has changed since it was scored ({path}); run reap.py on it again")
+        raise InputError(f"{checkpoint.folder} has changed since it was scored ({path}); run ./run.sh reap on it again")
     raise InputError(
         f"the scores in {path} were made on another model ({scored.get('path', 'unknown')}) than "
-        f"{checkpoint.folder}; run reap.py on it, or pass --other-scores when it is a copy in another format"
+        f"{checkpoint.folder}; run ./run.sh reap on it, or pass --other-scores when it is a copy in another format"
     )
 
 
@@ -144,7 +144,7 @@ def _check_same_blocks(sums: metadata.Sums, blocks: Sequence[Block], path: Path)
     for block in blocks:
         if block.role == "trunk" and block.name not in scored:
             raise InputError(
-                f"the scores in {path} lack {block.name}; they are of another model, so run reap.py on this one"
+                f"the scores in {path} lack {block.name}; they are of another model, so run ./run.sh reap on this one"
             )
         if scored.get(block.name, block.experts) != block.experts:
             raise InputError(

@@ -111,7 +111,7 @@ def rope(facts: Facts, **more: Any) -> dict[str, Any]:
 
 
 BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
-INSTEAD = "score the original model and cut this file with those scores (prune_model.py --other-scores)"
+INSTEAD = "score the original model and cut this file with those scores (./run.sh prune --other-scores)"
 
 
 def common(facts: Facts) -> dict[str, Any]:

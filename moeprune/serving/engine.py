@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,7 +46,10 @@ def model_to_serve(settings: Settings, which: str) -> str:
         if not settings.model_path:
             raise UsageError("no parent is named; set REAP_MODEL_PATH or pass --model-path")
         return settings.model_path
-    return settings.pruned_output_path or str(newest_model(settings.output_path))
+    folder = settings.pruned_output_path or str(newest_model(settings.output_path))
+    if not Path(folder).is_dir():
+        raise InputError(f"no pruned model at {folder}; run ./run.sh prune first, or name another --pruned-output-path")
+    return folder
 
 
 def start(settings: Settings, model: str, extra: Sequence[str]) -> Running:
@@ -57,7 +61,7 @@ def start(settings: Settings, model: str, extra: Sequence[str]) -> Running:
     if before is not None and _alive(before):
         raise UsageError(f"{before.model} is being served at {before.url}; ./run.sh stop ends it")
     url = f"http://{settings.serve_host}:{settings.serve_port}/v1"
-    if _answers(url):
+    if _listens(settings.serve_host, settings.serve_port):
         raise UsageError(f"another server answers at {url}; choose another --serve-port")
     reference = str(folder) if folder.exists() else model
     name = settings.served_model or folder.name
@@ -114,6 +118,15 @@ def _wait(running: Running, longest_s: float) -> None:
     raise MachineError(f"no answer from {running.url} within {longest_s:g} s; {running.log} says why, or wait longer")
 
 
+def _listens(host: str, port: int) -> bool:
+    """Whether any program has this port already, a server of models or not."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url.removesuffix("/v1") + "/health", timeout=2) as response:
@@ -157,7 +170,7 @@ def stop(settings: Settings) -> None:
     """End the server that `start` started."""
     running = _state(settings)
     if running is None or not _alive(running):
-        console.say("no server of ours is running")
+        console.say("no server that ./run.sh serve started is running")
     elif running.service:
         subprocess.run(["docker", "compose", "rm", "--stop", "--force", running.service], stdout=sys.stderr)
         console.say(f"stopped {running.model}")

@@ -82,7 +82,7 @@ def test_it_waits_says_where_the_server_is_and_stops_it(place):
     assert place.state is None
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", place.port), timeout=1)
-    assert "no server of ours" in place.serve("stop").stderr
+    assert "no server that" in place.serve("stop").stderr
 
 
 def test_the_parent_is_the_configured_model(place):
@@ -102,6 +102,7 @@ def test_a_server_that_dies_while_loading_is_noticed_and_quoted(place):
 def test_what_cannot_be_served_is_refused(place):
     assert place.serve("nothing").returncode == 2
     assert place.serve(REAP_PRUNED_OUTPUT_PATH="output").returncode == 3
+    assert "no pruned model at nowhere" in place.serve(REAP_PRUNED_OUTPUT_PATH="nowhere").stderr
     assert "vLLM is not installed" in place.serve(REAP_SERVE_PYTHON="").stderr
     (place.folder / "output/half/pruning.json").unlink()
     assert place.serve().returncode == 3
@@ -119,7 +120,7 @@ def test_a_process_number_that_belongs_to_another_program_is_left_alone(place):
     try:
         state = {"url": "http://x/v1", "model": "half", "log": "x", "pid": bystander.pid, "service": ""}
         (place.folder / "output/serve.json").write_text(json.dumps(state))
-        assert "no server of ours" in place.serve("stop").stderr
+        assert "no server that" in place.serve("stop").stderr
         assert bystander.poll() is None
     finally:
         bystander.kill()
