@@ -61,7 +61,7 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
     from moeprune.scoring.calibration import load_calibration
     from moeprune.scoring.run import load_tokenizer, score_experts
 
-    tokenizer = load_tokenizer(checkpoint.folder, settings)
+    tokenizer = load_tokenizer(checkpoint.place, settings)
     calibration = load_calibration(settings, tokenizer, read_config(checkpoint, settings))
     check_wishes(settings, Model.of(layout), calibration.domains)
     scoring_begun = time.monotonic()
@@ -88,7 +88,7 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
 def describe(checkpoint: Checkpoint, layout: Layout) -> str:
     """The model in one line."""
     return (
-        f"{layout.model_type} in {checkpoint.folder.name}, {console.size(checkpoint.total_bytes)}; "
+        f"{layout.model_type} in {checkpoint.place.name}, {console.size(checkpoint.total_bytes)}; "
         f"{len(layout.blocks)} MoE layers of {layout.experts} experts, {layout.top_k} for each token"
     )
 
@@ -96,8 +96,8 @@ def describe(checkpoint: Checkpoint, layout: Layout) -> str:
 def model_facts(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
     """What the result says about the model it was made from."""
     return {
-        "name": checkpoint.folder.name,
-        "path": str(checkpoint.folder),
+        "name": checkpoint.place.name,
+        "path": str(checkpoint.place),
         "fingerprint": fingerprint(checkpoint),
         "model_type": layout.model_type,
         "total_bytes": checkpoint.total_bytes,

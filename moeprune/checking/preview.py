@@ -115,7 +115,7 @@ def measure(
     tokenizer = load_tokenizer(checkpoint.place, settings)
     held_out = samples.load_samples(settings.evaluation_path, settings.evaluation_samples, settings.seed)
     batches = samples.batches(held_out, tokenizer, settings.max_seq_len, settings.batch_size)
-    parent = Streamed(checkpoint.folder, settings)
+    parent = Streamed(checkpoint.place, settings)
     rows: list[dict[str, Any]] = []
     for part in _parts(found, batches, parent, settings):
         whole, *states = parent.variants(batches, [None, *(variant.keep for variant in part)])
@@ -129,7 +129,7 @@ def measure(
         "settings": settings.public(),
         "inputs": {
             "fingerprint": key,
-            "model": {"path": str(checkpoint.folder), "bytes": checkpoint.total_bytes, "experts": layout.experts},
+            "model": {"path": str(checkpoint.place), "bytes": checkpoint.total_bytes, "experts": layout.experts},
             "held_out": {"source": settings.evaluation_path or "built-in", "samples": len(held_out)},
         },
         "variants": rows,

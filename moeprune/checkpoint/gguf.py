@@ -214,12 +214,17 @@ def values(headers: Sequence[Header]) -> dict[str, Any]:
     return merged
 
 
+def length(entry: Entry) -> int:
+    """How many values an array holds."""
+    count: int = struct.unpack_from("<Q", entry.raw, 4)[0] if entry.type == ARRAY else 0
+    return count
+
+
 def numbers(entry: Entry) -> list[Any]:
     """What an array of numbers holds; nothing where the entry is anything else."""
     if entry.type != ARRAY or (kind := struct.unpack_from("<I", entry.raw)[0]) not in SCALARS:
         return []
-    count = struct.unpack_from("<Q", entry.raw, 4)[0]
-    return list(struct.unpack_from(f"<{count}{SCALARS[kind]}", entry.raw, 12))
+    return list(struct.unpack_from(f"<{length(entry)}{SCALARS[kind]}", entry.raw, 12))
 
 
 def new_header(header: Header, changes: Mapping[str, int], tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:

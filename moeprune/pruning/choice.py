@@ -131,11 +131,11 @@ def _check_same_model(settings: Settings, checkpoint: Checkpoint, data: dict[str
     scored = data.get("inputs", {}).get("model", {})
     if settings.other_scores or scored.get("fingerprint") == fingerprint(checkpoint):
         return
-    if scored.get("path") == str(checkpoint.folder):
-        raise InputError(f"{checkpoint.folder} has changed since it was scored ({path}); run ./run.sh reap on it again")
+    if scored.get("path") == str(checkpoint.place):
+        raise InputError(f"{checkpoint.place} has changed since it was scored ({path}); run ./run.sh reap on it again")
     raise InputError(
         f"the scores in {path} were made on another model ({scored.get('path', 'unknown')}) than "
-        f"{checkpoint.folder}; run ./run.sh reap on it, or pass --other-scores when it is a copy in another format"
+        f"{checkpoint.place}; run ./run.sh reap on it, or pass --other-scores when it is a copy in another format"
     )
 
 

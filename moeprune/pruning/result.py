@@ -179,8 +179,7 @@ def describe(planned: Result) -> None:
         warn(text)
     counts = rewrite.counts(planned.actions)
     checkpoint = planned.checkpoint
-    where = checkpoint.shards[0] if checkpoint.container == "gguf" else checkpoint.folder
-    say(f"model    {where} ({planned.layout.model_type}, {formats.format_of(checkpoint)})")
+    say(f"model    {checkpoint.place} ({planned.layout.model_type}, {formats.format_of(checkpoint)})")
     say(
         f"plan     {planned.choice.count} of {planned.layout.experts} experts kept in {len(planned.choice.keep)} layers"
     )
@@ -222,7 +221,7 @@ def manifest(planned: Result) -> dict[str, Any]:
         "settings": planned.settings.public(),
         "inputs": {
             "fingerprint": planned.fingerprint,
-            "model": {"path": str(planned.checkpoint.folder), "fingerprint": planned.model_fingerprint},
+            "model": {"path": str(planned.checkpoint.place), "fingerprint": planned.model_fingerprint},
             "plan": {"path": str(planned.choice.source), "sha256": metadata.digest(planned.choice.source)},
         },
         "model_type": planned.layout.model_type,

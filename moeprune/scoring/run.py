@@ -14,6 +14,7 @@ from moeprune.checkpoint.families import Layout
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.metadata import Sums
+from moeprune.scoring import gguf_tokenizer
 from moeprune.scoring.adapters import attached, find_sites
 from moeprune.scoring.batching import Batch
 from moeprune.scoring.calibration import Calibration
@@ -27,7 +28,9 @@ from moeprune.settings import Settings
 
 
 def load_tokenizer(folder: Path, settings: Settings) -> Any:
-    """The tokenizer of a model folder."""
+    """The tokenizer of a model folder, or of a GGUF file."""
+    if folder.suffix == ".gguf":
+        return gguf_tokenizer.load(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
         if len(tokenizer) < 2:  # transformers makes an empty one where the files are missing
