@@ -34,6 +34,11 @@ class Stored:
     start: int
     nbytes: int
 
+    @property
+    def end(self) -> int:
+        """Where the next one may begin."""
+        return self.start + self.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class File:
@@ -105,14 +110,14 @@ class Reader:
             raise ResultError(f"{tensor.file} is shorter than its header says")
         return data
 
-    def equal(self, before: Stored, pieces: list[tuple[int, int]], after: Stored) -> bool:
-        """Whether pieces (offset, length) of one tensor, one behind the other, are all of another."""
+    def equal(self, before: Stored, pieces: list[tuple[int, int]], after: Stored, total: int) -> bool:
+        """Whether pieces (offset, length) behind the start of one tensor are, in a row, `total` bytes of another."""
         at = 0
         for offset, length in _joined(pieces):
             if not self._equal_piece(before, offset, after, at, length):
                 return False
             at += length
-        return at == after.nbytes
+        return at == total
 
     def _equal_piece(self, before: Stored, offset: int, after: Stored, at: int, length: int) -> bool:
         whole = length - length % PIECE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ OURS = {"pruning.json", "reap_metadata.json", "model.safetensors.index.json"}
 
 
 Part = dict[str, Stored]
+Pair = tuple[str, Stored, Stored]  # name, before, after
+RUN = 16 << 20  # bytes compared between two looks at whether other work has failed
 
 
 class Verification:
@@ -128,23 +130,26 @@ class Verification:
         return [part for part in parts if part]
 
     def compare(self, part: Part, go_on: Callable[[], None]) -> None:
-        """Compare tensors of the result with the parent's bytes."""
+        """Compare tensors of the result with the parent's bytes; those that are neighbours in both as one."""
+        same: list[Pair] = []
         with Reader() as reader:
             for name, after in part.items():
-                go_on()
-                if self.origin[name] in self.four_bit:  # compared in finish, by value
+                old = self.origin[name]
+                before, block = self.before[old], self.block_of[old]
+                if old in self.four_bit:  # compared in finish, by value
                     continue
-                before, block = self.before[self.origin[name]], self.block_of[self.origin[name]]
                 if before.dtype != after.dtype:
                     raise ResultError(f"{name} has become {after.dtype} from {before.dtype}")
-                compare = self._same if before.shape == after.shape else self._rows
-                compare(reader, name, before, after, block)
-
-    def _same(self, reader: Reader, name: str, before: Stored, after: Stored, block: str) -> None:
-        if "tid2eid" in name and block:
-            _check_table(name, _table(reader, before), _table(reader, after), self.keep[block])
-        elif not reader.equal(before, [(0, before.nbytes)], after):
-            raise ResultError(f"{name} differs from the parent's; check the disk")
+                if before.shape != after.shape:
+                    go_on()
+                    self._rows(reader, name, before, after, block)
+                elif "tid2eid" in name and block:
+                    _check_table(name, _table(reader, before), _table(reader, after), self.keep[block])
+                else:
+                    same.append((name, before, after))
+            for run in _neighbours(same):
+                go_on()
+                _check_same(reader, run)
 
     def _rows(self, reader: Reader, name: str, before: Stored, after: Stored, block: str) -> None:
         """A tensor that shrank must hold exactly the rows of the experts that stay, and those behind all experts."""
@@ -155,7 +160,7 @@ class Verification:
             right = all(np.array_equal(old[i, list(lists[i])], new[i]) for i in range(2))
         elif axis == 0:
             width = before.nbytes // before.shape[0]
-            right = reader.equal(before, [(row * width, width) for row in rows], after)
+            right = reader.equal(before, [(row * width, width) for row in rows], after, after.nbytes)
         else:
             old, new = (_bytes_along(reader, tensor, axis) for tensor in (before, after))
             right = np.array_equal(np.take(old, rows, axis=axis), new)
@@ -289,6 +294,34 @@ class Verification:
         for key, value in evidence.items(evidence.load(path)):
             if evidence.COUNT_KEYS.fullmatch(key) and value in self.experts.values() and value != self.count:
                 raise ResultError(f"{path.name} of the result still says {key} = {value}")
+
+
+def _neighbours(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Runs of tensors that follow each other without a gap, before and after; none longer than RUN."""
+    run: list[Pair] = []
+    length = 0
+    for pair in pairs:
+        if run and not (length < RUN and _touch(run[-1], pair)):
+            yield run
+            run, length = [], 0
+        run.append(pair)
+        length += pair[2].nbytes
+    if run:
+        yield run
+
+
+def _touch(one: Pair, other: Pair) -> bool:
+    return one[1].end == other[1].start and one[2].end == other[2].start and one[1].file == other[1].file
+
+
+def _check_same(reader: Reader, run: Sequence[Pair]) -> None:
+    """All bytes of the run must be the same."""
+    length = sum(after.nbytes for _, _, after in run)
+    if not reader.equal(run[0][1], [(0, length)], run[0][2], length):
+        wrong = next(
+            name for name, before, after in run if not reader.equal(before, [(0, before.nbytes)], after, after.nbytes)
+        )
+        raise ResultError(f"{wrong} differs from the parent's; check the disk")
 
 
 def _bytes_along(reader: Reader, tensor: Stored, axis: int) -> NDArray[np.uint8]:

@@ -68,12 +68,12 @@ def test_killed_in_the_middle_and_run_again(parent: Path, tmp_path: Path, flags:
 
 
 def test_interrupted_leaves_nothing(parent: Path, tmp_path: Path, flags: list[str]) -> None:
-    """The kernel copies a byte at a time here, so the stage is in the middle of a file when it is told to stop."""
+    """A byte is read at a time here, so the stage is in the middle of a file when it is told to stop."""
     code = (
-        "import os, sys, time, prune_model; from moeprune import errors; copy = os.copy_file_range\n"
-        "def slow(source, target, count, offset_src):\n"
-        "    print('now', flush=True); time.sleep(0.1); return copy(source, target, 1, offset_src)\n"
-        "os.copy_file_range = slow; errors.run(prune_model.main)"
+        "import os, sys, time, prune_model; from moeprune import errors; read = os.preadv\n"
+        "def slow(source, buffers, offset):\n"
+        "    print('now', flush=True); time.sleep(0.1); return read(source, [buffers[0][:1]], offset)\n"
+        "os.preadv = slow; errors.run(prune_model.main)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *flags],
@@ -174,7 +174,7 @@ def test_source_cut_while_it_is_read(parent: Path, tmp_path: Path, flags: list[s
 
 def test_missing_things(parent: Path, tmp_path: Path, flags: list[str]) -> None:
     one_line(cutting.run("--model-path", str(tmp_path / "nothing"), *flags[2:], cwd=tmp_path), 3, "no model")
-    one_line(cutting.run(*flags[:2], cwd=tmp_path), 3, "no scores at output/reap_metadata.json", "reap.py")
+    one_line(cutting.run(*flags[:2], cwd=tmp_path), 3, "no scores at output/reap_metadata.json", "./run.sh reap")
     missing = [*flags[:3], str(tmp_path / "absent.json"), *flags[4:]]
     one_line(cutting.run(*missing, cwd=tmp_path), 3, "absent.json")
     one_line(cutting.run(*flags, "--engine", "abacus", cwd=tmp_path), 2, "abacus")

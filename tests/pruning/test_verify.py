@@ -66,6 +66,32 @@ def test_the_good_one_passes(good) -> None:
     check(*good)
 
 
+def test_one_file_in_parts(good) -> None:
+    """The parts that threads share have every tensor once, and a fault is found in whichever it lies."""
+    parent, child, keep = good
+    change(child, lambda tensors: _one_bit(tensors, NORM))
+    proof = verify.Verification(parent, child, {block: tuple(ids) for block, ids in keep.items()}, frozenset())
+    parts = proof.read(first_shard(child), 3)
+    names = [name for part in parts for name in part]
+    assert sorted(names) == sorted(load_file(first_shard(child)))
+    assert len(parts) == 3
+    found = []
+    for part in parts:
+        try:
+            proof.compare(part, lambda: None)
+        except ResultError as error:
+            found.append((NORM in part, str(error)))
+    assert found == [(True, f"{NORM} differs from the parent's; check the disk")]
+
+
+def test_a_file_that_was_not_compared(good) -> None:
+    parent, child, keep = good
+    proof = verify.Verification(parent, child, {block: tuple(ids) for block, ids in keep.items()}, frozenset())
+    proof.file(first_shard(child), lambda: None)
+    with pytest.raises(ResultError, match=r"model-00002-of-00002\.safetensors was not compared"):
+        proof.finish()
+
+
 def _swap(tensors: Tensors, one: str, other: str) -> None:
     tensors[one], tensors[other] = tensors[other].copy(), tensors[one].copy()
 

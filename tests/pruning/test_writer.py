@@ -67,6 +67,32 @@ def test_groups_stay_below_the_limit(source: Path) -> None:
     assert [[entry.nbytes for entry in group] for group in groups] == [[40, 40], [30], [100], [5, 60, 1]]
 
 
+IN_PHASE = ((8, 45_008), (49_104, 94_104))  # both as far behind the start of a page as in the new file
+OUT_OF_PHASE = ((8, 45_008), (50_008, 95_008))
+
+
+def copied(tmp_path: Path, source: Path, ranges: tuple[tuple[int, int], ...]) -> None:
+    path = written(tmp_path, [Entry("t", "U8", (90_000,), 90_000, source, ranges=ranges)])
+    data = source.read_bytes()
+    assert load_file(path)["t"].tobytes() == b"".join(data[start:end] for start, end in ranges)
+
+
+@pytest.mark.parametrize(("ranges", "expected"), [(IN_PHASE, 90_000), (OUT_OF_PHASE, 45_000)])
+def test_the_kernel_copies_what_keeps_its_place_in_a_page(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, ranges: tuple[tuple[int, int], ...], expected: int
+) -> None:
+    copy, copied_bytes = os.copy_file_range, []
+
+    def counting(src: int, dst: int, count: int, offset_src: int) -> int:
+        copied_bytes.append(done := copy(src, dst, count, offset_src))
+        return done
+
+    monkeypatch.setattr(os, "copy_file_range", counting)
+    monkeypatch.setattr(writer, "BUFFER", 8_192)
+    copied(tmp_path, source, ranges)
+    assert sum(copied_bytes) == expected
+
+
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_without_the_kernel(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """Across file systems, or on old ones, a buffer carries the bytes; here after a first step that worked."""
@@ -79,11 +105,21 @@ def test_without_the_kernel(tmp_path: Path, source: Path, monkeypatch: pytest.Mo
         return copy(src, dst, min(count, 1000), offset_src)
 
     monkeypatch.setattr(os, "copy_file_range", fails_later)
-    monkeypatch.setattr(writer, "STEP", 7_000)
-    path = written(tmp_path, [Entry("t", "U8", (90_000,), 90_000, source, ranges=((5, 45_005), (50_005, 95_005)))])
-    data = source.read_bytes()
-    assert load_file(path)["t"].tobytes() == data[5:45_005] + data[50_005:95_005]
-    assert len(calls) >= 2
+    monkeypatch.setattr(writer, "BUFFER", 8_192)
+    copied(tmp_path, source, IN_PHASE)
+    assert len(calls) == 2
+
+
+def test_a_disk_that_is_full_ends_a_copy_in_the_kernel(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int, offset_src: int) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(writer, "BUFFER", 8_192)
+    with pytest.raises(OSError, match=r"x\.safetensors"):
+        copied(tmp_path, source, IN_PHASE)
 
 
 def test_computed_content_between_ranges(tmp_path: Path, source: Path) -> None:
