@@ -1,6 +1,6 @@
 # Everything that the steps need, on top of an image with or without torch. docker-compose.yml mounts the checkout over
 # the code, so only new requirements ask for a new build.
-ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.10-py3
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.07-py3
 FROM ${BASE_IMAGE}
 
 # A base image with a torch of its own keeps it: NVIDIA's is built for its GPUs and pinned by PIP_CONSTRAINT.

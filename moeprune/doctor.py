@@ -22,7 +22,7 @@ from moeprune.settings import Settings, resolve
 
 NEEDED = ("torch", "transformers", "safetensors", "numpy", "greenlet", "python-dotenv")
 OLDEST_COMPOSE = (2, 20)
-OLDEST_DRIVER = 580  # what NVIDIA's 25.10 images ask for
+OLDEST_DRIVER = 580  # for CUDA 13, which NVIDIA's 26.07 images hold
 IMAGE_BYTES = 25_000_000_000  # NVIDIA's PyTorch image, unpacked
 PYTHON_BYTES = 2_000_000_000  # an interpreter with torch loaded
 UNIFIED = "GB10"  # CPU and GPU share one memory there
