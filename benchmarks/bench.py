@@ -38,6 +38,7 @@ from moeprune.checkpoint.families import understand  # noqa: E402
 from moeprune.checkpoint.folder import open_checkpoint  # noqa: E402
 from moeprune.metadata import Sums, write_json  # noqa: E402
 from moeprune.planning import plan, saliency  # noqa: E402
+from moeprune.planning.protection import for_special_tokens  # noqa: E402
 from moeprune.scoring.building import read_config  # noqa: E402
 from moeprune.scoring.calibration import load_calibration  # noqa: E402
 from moeprune.scoring.run import load_tokenizer, score_experts  # noqa: E402
@@ -55,6 +56,7 @@ class Method:
 
     metric: str
     blend: str = "pooled"
+    protect: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,8 @@ class Bench:
         """The experts that stay, by block."""
         count = self.kept(ratio)
         scores = saliency.scores(sums, method.metric, method.blend, seed=seed, count=count)
-        return plan.make_plan(scores, count, self.limits).keep
+        protected = for_special_tokens(sums, self.limits, count) if method.protect == "auto" else {}
+        return plan.make_plan(scores, count, self.limits, protected).keep
 
     def loss(self, keep: Mapping[str, tuple[int, ...]]) -> Loss:
         """What the model loses that has only these experts."""

@@ -42,7 +42,8 @@ STATISTICS = {
     "norm_sq_sum": "|f|^2",
     "gate_norm_sum": "g |f|",
     "gate_norm_sq_sum": "(g |f|)^2",
-    "max_abs": "largest |component of f| (a maximum, not a sum)",
+    "max_abs": "largest |component of f|, also on special tokens (a maximum, not a sum)",
+    "special_sum": "g |f| over the special tokens that no other sum counts",
     "full_sum": "p |f| over all tokens (mode full)",
     "router_sum": "p |x| over all tokens (mode router)",
 }
@@ -206,7 +207,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise InputError(f"{what} not found at {path}") from None
+        raise InputError(f"no {what} at {path}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{what} at {path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):

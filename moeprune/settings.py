@@ -101,7 +101,7 @@ class Settings:
     )
     system_prompt: str = setting("", str, "reap", "system prompt for calibration chats that bring none")
     special_tokens: str = setting(
-        "count",
+        "skip",
         one_of("count", "skip"),
         "reap",
         "special tokens (begin of text, marks of roles) in the scores: count | skip",
@@ -110,7 +110,7 @@ class Settings:
         1_000_000,
         positive,
         "reap",
-        "larger calibration images are scaled down to this many pixels, up to 24 bytes each until all are seen",
+        "larger calibration images are scaled down to this many pixels",
     )
     bad_images: int = setting(
         0, natural, "reap", "calibration images that may be missing or damaged before the run ends"
@@ -139,10 +139,10 @@ class Settings:
     )
     weights: str = setting("", str, "reap prune preview", "weights of domains, such as code=2,chat=1; others weigh 1")
     protect: str = setting(
-        "none",
-        one_of("none", "super", "outliers"),
+        "auto",
+        one_of("auto", "none", "super", "outliers"),
         "reap prune preview",
-        "experts never removed: none | super | outliers",
+        "experts never removed: auto (those that work mostly for skipped special tokens) | none | super | outliers",
     )
     engine: str = setting(
         "",

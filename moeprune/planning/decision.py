@@ -16,7 +16,7 @@ from moeprune.planning import engines, saliency
 from moeprune.planning.enough import Assessment, How, assess
 from moeprune.planning.outcome import Outcome, outcome, to_json
 from moeprune.planning.plan import Limits, Plan, keep_count, make_plan, plain_count
-from moeprune.planning.protection import protect
+from moeprune.planning.protection import for_special_tokens, protect
 from moeprune.settings import Settings
 
 # Settings that change a plan but not what was measured.
@@ -188,6 +188,8 @@ def decide(
     weights = saliency.parse_weights(settings.weights)
     metric, blend = saliency.resolve(sums, settings.metric, settings.blend, bool(weights))
     protected = protect(sums, settings.protect, model.trunk)
+    if settings.protect == "auto":
+        protected = for_special_tokens(sums, limits, choice.count)
     how = How(metric, blend, weights, settings.seed, choice.count, limits, protected)
     scores = how.scores(sums)
     plan = make_plan(scores, choice.count, limits, protected, unscored=model.experts)

@@ -5,7 +5,7 @@ Coverage of a domain is the share of its total saliency in a block that belongs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from moeprune.planning.plan import Plan
 from moeprune.planning.saliency import METRICS, never_routed, shares
 
 MOSTLY = 2 / 3  # of what an expert does, images and text weighing the same, for it to work mostly for images
-NAMED = 5  # blocks whose image experts are named in a line
+NAMED = 5  # layers whose experts are named in a line
 COVERAGE_METRICS = ("weighted_ean_sum", "full", "router", "frequency")  # the first that was measured
 
 
@@ -58,6 +58,10 @@ class Outcome:
             lines.append(f"{self.never_routed} of {measured} experts saw no token at all; {stay} of them are kept")
         if any(block.for_images for block in self.blocks):
             lines.append(self._about_images())
+        if any(block.protected for block in self.blocks):
+            total = sum(len(block.protected) for block in self.blocks)
+            named = _named([(block.block, block.protected) for block in self.blocks if block.protected])
+            lines.append(f"{total} experts are kept whatever their score, as --protect says ({named})")
         blind = [block.block for block in self.blocks if not block.scores]
         if blind:
             lines.append(f"{', '.join(blind)} had no scores: evenly spaced experts are kept there")
@@ -67,12 +71,18 @@ class Outcome:
         seeing = [block for block in self.blocks if block.for_images]
         total = sum(len(block.for_images) for block in seeing)
         stay = sum(len({*block.for_images} & {*block.keep}) for block in seeing)
-        named = [f"{block.block}: {', '.join(map(str, block.for_images))}" for block in seeing[:NAMED]]
-        more = [f"{len(seeing) - NAMED} more layers in the result file"] if len(seeing) > NAMED else []
+        named = _named([(block.block, block.for_images) for block in seeing])
         return (
             f"{total} experts work mostly for images, {stay} of them are kept; to keep more of them, weigh the domains "
-            f"that end in {IMAGE.strip()} with --weights ({'; '.join([*named, *more])})"
+            f"that end in {IMAGE.strip()} with --weights ({named})"
         )
+
+
+def _named(experts: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+    """The experts of the first layers by number, and how many layers there are besides."""
+    named = [f"{block}: {', '.join(map(str, numbers))}" for block, numbers in experts[:NAMED]]
+    more = [f"{len(experts) - NAMED} more layers in the result file"] if len(experts) > NAMED else []
+    return "; ".join([*named, *more])
 
 
 def outcome(plan: Plan, sums: Sums, scores: Mapping[str, Array]) -> Outcome:

@@ -15,9 +15,10 @@ from moeprune.metadata import IMAGE
 from moeprune.scoring.documents import SLICES, Document
 from moeprune.scoring.pixels import joined
 
-__all__ = ["NOT_COUNTED", "SLICES", "Batch", "can_pack", "fill_rows", "packed", "unpacked"]
+__all__ = ["NOT_COUNTED", "SLICES", "SPECIAL", "Batch", "can_pack", "fill_rows", "packed", "unpacked"]
 
-NOT_COUNTED = -1  # the domain of padding, and of special tokens where they are left out
+NOT_COUNTED = -1  # the domain of padding
+SPECIAL = -2  # special tokens that are left out: SPECIAL - d for those of domain d
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Batch:
     """What one forward gets, and to which domain and slice each of its tokens belongs."""
 
     inputs: dict[str, torch.Tensor]  # keyword arguments of the model's forward
-    domain_BT: torch.Tensor  # int16, -1 does not count
+    domain_BT: torch.Tensor  # int16; below zero, what does not count: see NOT_COUNTED and SPECIAL
     slice_BT: torch.Tensor  # int8
 
 
@@ -79,7 +80,7 @@ def _empty(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 def _domain_of_tokens(document: Document, domains: Sequence[str]) -> torch.Tensor:
     domain_T = torch.full((len(document.ids),), domains.index(document.domain), dtype=torch.int16)
     if document.uncounted:
-        domain_T[_among(document.ids, document.uncounted)] = NOT_COUNTED
+        domain_T[_among(document.ids, document.uncounted)] = SPECIAL - domains.index(document.domain)
     if document.seen:
         domain_T[_among(document.ids, document.image_tokens)] = domains.index(document.domain + IMAGE)
     return domain_T

@@ -129,6 +129,7 @@ def _summary(
         "packing": plan.packing,
         "samples": len(documents),
         "tokens": sum(document.read + document.seen for document in documents),
+        "special_tokens_left_out": sum(len(document.ids) - document.read - document.seen for document in documents),
         "domains": per_domain(documents),
         "skipped": {reason: count for reason, count in sorted(encoder.skipped.items()) if count},
         "bad_images": encoder.reader.bad,

@@ -25,7 +25,7 @@ import torch
 from moeprune.checkpoint.families import Block
 from moeprune.errors import InputError, MachineError
 from moeprune.metadata import BlockSums, Sums
-from moeprune.scoring.batching import SLICES, Batch
+from moeprune.scoring.batching import NOT_COUNTED, SLICES, SPECIAL, Batch
 from moeprune.scoring.streaming import LayerStream
 from moeprune.scoring.tally import Tally, row_sizes, sums_from_tensors, sums_to_tensors
 
@@ -87,8 +87,9 @@ class Observer:
 
     def _buckets(self, batch: Batch) -> torch.Tensor:
         domain_BT, slice_BT = batch.domain_BT.long(), batch.slice_BT.long()
-        none = len(self.domains) * SLICES
-        bucket_BT = torch.where(domain_BT < 0, none, domain_BT * SLICES + slice_BT)
+        special = len(self.domains) * SLICES  # the first bucket behind those that count; the last is for padding
+        special_BT = torch.where(domain_BT == NOT_COUNTED, special + len(self.domains), special + SPECIAL - domain_BT)
+        bucket_BT = torch.where(domain_BT < 0, special_BT, domain_BT * SLICES + slice_BT)
         return bucket_BT.reshape(-1).to(self.stream.device)
 
     def layer_begins(self, layer: str) -> None:

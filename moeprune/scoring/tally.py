@@ -1,7 +1,8 @@
 """What the experts of one block did, as float64 sums.
 
 Legend of the array suffixes: T tokens, S routed slots (one expert for one token) sorted by expert, E experts, H hidden,
-D domains, G buckets: D * SLICES and a last one for tokens that do not count.
+D domains, G buckets: D * SLICES that count, D for the special tokens of each domain where these are left out, and a
+last one for padding.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Tally:
 
     def __init__(self, experts: int, domains: int, device: torch.device) -> None:
         self.experts, self.domains, self.device = experts, domains, device
-        self.buckets = domains * SLICES + 1
+        self.counted = domains * SLICES
+        self.buckets = self.counted + domains + 1
         self.sums: dict[str, torch.Tensor] = {}  # statistic -> [E * G]
         self.tokens_G = self._zeros(self.buckets)
         self.vector_EDH: torch.Tensor | None = (
@@ -106,7 +108,7 @@ class Tally:
     def _add_vectors(self, expert_S: torch.Tensor, bucket_S: torch.Tensor, y_SH: torch.Tensor) -> None:
         """Sum the rows of each expert and domain. A bag of rows is far faster than index_add_, and never races."""
         domains = self.domains + 1
-        key_S = expert_S * domains + bucket_S // SLICES
+        key_S = expert_S * domains + (bucket_S // SLICES).clamp_max(self.domains)
         sorted_S, order_S = torch.sort(key_S, stable=True)
         starts = torch.searchsorted(sorted_S, torch.arange(self.experts * domains, device=self.device))
         if y_SH.dtype == torch.float16:  # whose sums would end at 65504
@@ -125,13 +127,18 @@ class Tally:
     def result(self, block: str) -> BlockSums:
         """The block's sums as the metadata keeps them."""
         shape = (self.experts, self.buckets)
-        arrays = {name: value.view(shape).cpu().numpy()[:, :-1].T for name, value in self.sums.items()}
-        by_slice = {name: array.reshape(self.domains, SLICES, self.experts) for name, array in arrays.items()}
+        arrays = {name: value.view(shape).cpu().numpy().T for name, value in self.sums.items()}
+        by_slice = {n: array[: self.counted].reshape(self.domains, SLICES, -1) for n, array in arrays.items()}
+        special = {name: array[self.counted : -1] for name, array in arrays.items()}
+        values = {name: array.sum(1) for name, array in by_slice.items()}
+        if "max_abs" in values:
+            values["max_abs"] = np.maximum(by_slice["max_abs"].max(1), special["max_abs"])
+            values["special_sum"] = np.ascontiguousarray(special["gate_norm_sum"])
         return BlockSums(
             block=block,
             experts=self.experts,
-            tokens_D=_by_domain(self.tokens_G.cpu().numpy()[:-1]),
-            values={name: (a.max(1) if name == "max_abs" else a.sum(1)) for name, a in by_slice.items()},
+            tokens_D=_by_domain(self.tokens_G.cpu().numpy()[: self.counted]),
+            values=values,
             slices={name: np.ascontiguousarray(by_slice[name]) for name in SLICED if name in by_slice},
             gram_EDD=self._gram(),
         )

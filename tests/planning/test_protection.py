@@ -9,7 +9,8 @@ import pytest
 
 from moeprune.errors import UsageError
 from moeprune.metadata import BlockSums, Sums
-from moeprune.planning.protection import protect
+from moeprune.planning.plan import Limits, make_plan
+from moeprune.planning.protection import for_special_tokens, protect
 
 
 def peaks(*rows, first_layer=0):
@@ -88,3 +89,51 @@ def test_without_the_measurement_it_is_refused():
         protect(bare, "super")
     with pytest.raises(UsageError, match="'some' is not known"):
         protect(sums, "some")
+
+
+# ---------------------------------------------------------------------------------------------------- special tokens
+
+
+def work(special, text, *, groups=1, count=4):
+    """Which experts stay because of special tokens, from what each does for them and for the rest, by domain."""
+    special_DE, text_DE = np.atleast_2d(np.array(special, dtype=float)), np.atleast_2d(np.array(text, dtype=float))
+    domains = tuple("ab"[: len(special_DE)])
+    values = {"special_sum": special_DE, "gate_norm_sum": text_DE}
+    sums = Sums("routed", domains, (BlockSums("layer", special_DE.shape[1], np.ones(len(domains)), values, {}),))
+    limits = Limits(special_DE.shape[1], 1, groups, groups)
+    found = for_special_tokens(sums, limits, count).get("layer", ())
+    scores = {"layer": text_DE.sum(0)}
+    assert set(found) <= set(make_plan(scores, count, limits, {"layer": found}).keep["layer"])  # never too many
+    return found
+
+
+def test_experts_that_work_mostly_for_special_tokens_stay():
+    assert work([5, 1, 9, 0, 0, 0], [4, 9, 1, 8, 8, 8]) == (0, 2)
+
+
+def test_half_of_the_work_is_not_most_of_it():
+    assert work([5, 9, 0, 0, 0, 0], [5, 9, 1, 8, 8, 8]) == ()
+
+
+def test_an_expert_that_does_next_to_nothing_is_not_kept_for_it():
+    assert work([99, 1, 0, 0, 0, 0], [9, 0, 8, 8, 8, 8]) == (0,)
+
+
+def test_domains_are_added_up():
+    assert work([[6, 0, 0, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [9, 1, 1, 1]]) == ()
+    assert work([[6, 0, 0, 0], [6, 0, 0, 0]], [[1, 1, 1, 1], [9, 1, 1, 1]]) == (0,)
+
+
+def test_special_tokens_take_half_of_the_places_at_most_and_the_strongest_go_first():
+    assert work([5, 6, 7, 8, 9, 4], [0, 0, 0, 0, 0, 9], count=4) == (3, 4)
+    assert work([5, 6, 7, 8, 9, 4], [0, 0, 0, 0, 0, 9], count=1) == ()
+
+
+def test_the_places_are_those_of_each_group():
+    assert work([9, 8, 7, 0, 9, 0, 0, 0], [1] * 8, groups=2, count=4) == (0, 4)
+
+
+def test_where_special_tokens_count_or_were_never_seen_nothing_stays_for_them():
+    assert work([0, 0, 0, 0], [1, 2, 3, 4]) == ()
+    assert for_special_tokens(peaks(LOUD), Limits(64, 2), 32) == {}
+    assert protect(peaks(LOUD), "auto") == {}

@@ -43,7 +43,8 @@ def test_each_row_is_one_document_and_only_its_tokens_count(tmp_path):
         ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs["attention_mask"]
         assert set(batch.inputs) == {"input_ids", "attention_mask"}
         assert (batch.domain_BT.dtype, batch.slice_BT.dtype) == (torch.int16, torch.int8)
-        assert torch.equal(batch.domain_BT >= 0, mask_BT.bool())
+        assert torch.equal(batch.domain_BT != -1, mask_BT.bool())
+        assert torch.equal(batch.domain_BT < -1, (ids_BT == 0) & mask_BT.bool())  # begin of text
         assert torch.equal(mask_BT.sort(dim=1, descending=True).values, mask_BT)  # padding only on the right
         texts += [
             byte_tokenizer.plain(("<s>", "</s>"), bos=True).decode(ids[mask.bool()])
@@ -112,20 +113,25 @@ def test_chats_that_the_template_refuses_are_counted(tmp_path):
     assert calibration.summary["skipped"] == {"refused by the chat template": 1}
 
 
-@pytest.mark.parametrize("special_tokens", ["count", "skip"])
-def test_special_tokens_can_be_left_out(tmp_path, special_tokens):
-    rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]}]
-    settings = Settings(calibration_path=data(tmp_path, rows), special_tokens=special_tokens)
+@pytest.mark.parametrize("asked", [{}, {"special_tokens": "skip"}, {"special_tokens": "count"}])
+def test_special_tokens_do_not_count_unless_asked(tmp_path, asked):
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]
+    rows = [{"messages": chat, "domain": "a"}, {"text": "a longer text, to be a row with other padding", "domain": "b"}]
     tokenizer = byte_tokenizer.of_family("granite")
-    calibration = load_calibration(settings, tokenizer, CONFIG)
+    calibration = load_calibration(Settings(calibration_path=data(tmp_path, rows), **asked), tokenizer, CONFIG)
     (batch,) = calibration.batches
-    counted = tokenizer.decode(batch.inputs["input_ids"][batch.domain_BT >= 0])
-    whole = (
-        "<|start_of_role|>user<|end_of_role|>ab<|end_of_text|>\n"
-        "<|start_of_role|>assistant<|end_of_role|>cde<|end_of_text|>\n"
+    ids_BT, domain_BT = batch.inputs["input_ids"], batch.domain_BT
+    special, text = (
+        [f"<|{mark}|>" for mark in ("start_of_role", "end_of_role", "end_of_text")] * 2,
+        "userab\nassistantcde\n",
     )
-    assert counted == (whole if special_tokens == "count" else "userab\nassistantcde\n")
-    assert calibration.summary["tokens"] == int((batch.domain_BT >= 0).sum())
+    whole = "".join(["{}user{}ab{}\n{}assistant{}cde{}\n".format(*special)])
+    counts = asked.get("special_tokens") == "count"
+    assert tokenizer.decode(ids_BT[domain_BT == 0]) == (whole if counts else text)
+    assert tokenizer.decode(ids_BT[domain_BT == -2]) == ("" if counts else "".join(special))  # those of domain 0
+    assert torch.equal(domain_BT == -1, batch.inputs["attention_mask"] == 0)  # and the rest is padding
+    assert calibration.summary["tokens"] == int((domain_BT >= 0).sum())
+    assert calibration.summary["special_tokens_left_out"] == (0 if counts else len(special))
 
 
 def test_a_thinking_setting_that_changes_nothing_is_said(tmp_path):
@@ -232,7 +238,7 @@ def test_packing_draws_more_documents_until_the_sequences_are_full(tmp_path):
     calibration = load(
         tmp_path, [{"text": f"{i % 10}"} for i in range(3000)], max_samples=10, max_seq_len=64, packing="on"
     )
-    assert calibration.summary["tokens"] == 640
+    assert (calibration.summary["tokens"], calibration.summary["special_tokens_left_out"]) == (320, 320)
     assert calibration.summary["samples"] == 320
 
 

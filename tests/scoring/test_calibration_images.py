@@ -73,7 +73,7 @@ def test_image_tokens_are_counted_as_such(family, tmp_path):
     found = dict.fromkeys(range(3), 0)
     for batch in calibration.batches:
         assert torch.equal(batch.domain_BT == 1, (batch.inputs["input_ids"] == 3) & (batch.domain_BT >= 0))
-        assert torch.equal(batch.domain_BT >= 0, batch.inputs["attention_mask"].bool())
+        assert torch.equal(batch.domain_BT != -1, batch.inputs["attention_mask"].bool())
         for domain in found:
             found[domain] += int((batch.domain_BT == domain).sum())
     summary = calibration.summary["domains"]

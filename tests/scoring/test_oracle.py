@@ -15,6 +15,7 @@ import torch
 from torch.nn import Module
 from torch.nn.functional import silu
 
+from moeprune.scoring.batching import Batch
 from tests.scoring import streamed
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe")
@@ -62,17 +63,19 @@ def oracle(
 def add_up(experts: Module, seen: list[tuple[torch.Tensor, ...]], data: list[Any]) -> dict[str, Any]:
     number = len(experts.down_proj)
     names = ("count", "gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_norm_sq_sum")
-    sums = {name: np.zeros((2, number)) for name in (*names, "max_abs", "full_sum", "router_sum")}
+    sums = {name: np.zeros((2, number)) for name in (*names, "max_abs", "special_sum", "full_sum", "router_sum")}
     vectors: dict[tuple[int, int], torch.Tensor] = {}
     slices = np.zeros((2, 4, number))
     tokens = np.zeros(2)
     for batch, (x_TH, logits_TE, gate_TK, index_TK) in zip(data, seen, strict=True):
         domains, parts = batch.domain_BT.reshape(-1).tolist(), batch.slice_BT.reshape(-1).tolist()
         for t, d in enumerate(domains):
+            x_H = x_TH[t].double()
             if d < 0:
+                if d != -1:  # a special token
+                    add_special(sums, -2 - d, experts, x_H, gate_TK[t], index_TK[t])
                 continue
             tokens[d] += 1
-            x_H = x_TH[t].double()
             for gate, e in zip(gate_TK[t].double().tolist(), index_TK[t].tolist(), strict=True):
                 f_H = expert_output(experts, e, x_H)
                 norm = float(f_H.norm())
@@ -95,6 +98,16 @@ def add_up(experts: Module, seen: list[tuple[torch.Tensor, ...]], data: list[Any
     return sums | {"slices": slices, "gram": gram, "tokens": tokens}
 
 
+def add_special(
+    sums: dict[str, Any], d: int, experts: Module, x_H: torch.Tensor, gate_K: torch.Tensor, index_K: torch.Tensor
+) -> None:
+    """Of a token that is left out, the largest components and a sum of its own are kept."""
+    for gate, e in zip(gate_K.double().tolist(), index_K.tolist(), strict=True):
+        f_H = expert_output(experts, e, x_H)
+        sums["max_abs"][d, e] = max(sums["max_abs"][d, e], float(f_H.abs().max()))
+        sums["special_sum"][d, e] += gate * float(f_H.norm())
+
+
 def scores(experts: Module, logits_E: torch.Tensor) -> torch.Tensor:
     """Router probabilities: sigmoid routers divide by the sum over all experts."""
     name = type(experts).__name__
@@ -103,9 +116,9 @@ def scores(experts: Module, logits_E: torch.Tensor) -> torch.Tensor:
     return logits_E if bool((logits_E >= 0).all()) and abs(float(logits_E.sum()) - 1) < 1e-3 else logits_E.softmax(-1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_statistic_is_that_of_a_loop_over_tokens(family, tmp_path):
-    data = streamed.batches()
+@pytest.mark.parametrize(("family", "special"), [*((name, False) for name in FAMILIES), ("qwen3_moe", True)])
+def test_every_statistic_is_that_of_a_loop_over_tokens(family, special, tmp_path):
+    data = with_special(streamed.batches()) if special else streamed.batches()
     folder = streamed.checkpoint(family)
     expected = oracle(folder, data)
     runs = {mode: streamed.score(folder, data, tmp_path, mode) for mode in ("routed", "full", "router")}
@@ -118,9 +131,11 @@ def test_every_statistic_is_that_of_a_loop_over_tokens(family, tmp_path):
         assert set(block.values) == {name for name in want if name.endswith("sum")} - {"full_sum", "router_sum"} | {
             "count",
             "max_abs",
+            "special_sum",
         }
         for name, array in block.values.items():
             np.testing.assert_allclose(array, want[name], rtol=2e-5, atol=1e-7, err_msg=f"{block.block} {name}")
+        assert bool(block.values["special_sum"].any()) is special
         np.testing.assert_allclose(block.slices["gate_norm_sum"], want["slices"], rtol=2e-5, atol=1e-7)
         np.testing.assert_allclose(block.gram_EDD, want["gram"], rtol=1e-4, atol=1e-5)
     for mode, statistic in (("full", "full_sum"), ("router", "router_sum")):
@@ -131,6 +146,27 @@ def test_every_statistic_is_that_of_a_loop_over_tokens(family, tmp_path):
     assert "norm_sum" not in runs["router"].blocks[0].values
     for a, b in zip(routed.blocks, runs["full"].blocks, strict=True):
         np.testing.assert_array_equal(a.values["gate_norm_sum"], b.values["gate_norm_sum"])
+
+
+def with_special(data: list[Batch]) -> list[Batch]:
+    """The same batches, in which the first token of each row and every fifth are special and left out."""
+    for batch in data:
+        chosen_BT = (torch.arange(batch.domain_BT.shape[1]) % 5 == 0) & (batch.domain_BT >= 0)
+        batch.domain_BT[chosen_BT] = -2 - batch.domain_BT[chosen_BT]
+    return data
+
+
+def test_a_special_token_enters_the_largest_activations_and_nothing_else(tmp_path):
+    """As if its row had counted it, but for the maxima: what super experts are known by."""
+    folder = streamed.checkpoint("qwen3_moe")
+    every, without = (streamed.score(folder, make(streamed.batches()), tmp_path) for make in (list, with_special))
+    for a, b in zip(every.blocks, without.blocks, strict=True):
+        np.testing.assert_array_equal(a.values["max_abs"], b.values["max_abs"])
+        np.testing.assert_allclose(
+            a.values["gate_norm_sum"], b.values["gate_norm_sum"] + b.values["special_sum"], rtol=1e-12
+        )
+        assert (a.tokens_D > b.tokens_D).all()
+        assert not a.values["special_sum"].any()
 
 
 def test_padding_is_not_counted(tmp_path):
