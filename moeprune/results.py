@@ -23,9 +23,14 @@ PARTIAL = ".partial"  # the ending of what is being written
 def newest_model(output: Path) -> Path:
     """The pruned model in the output folder that was made last; neither half-written ones nor results alone count."""
     recipes = [path for kind in (CUT, SCORES) for path in output.glob(f"*/{FILES[kind]}")]
-    made = [p for p in recipes if p.parent.suffix != PARTIAL and (p.parent / "config.json").is_file()]
+    made = [path for path in recipes if path.parent.suffix != PARTIAL and is_model(path.parent)]
     if not made:
         raise InputError(
             f"no pruned model in {output}; run ./run.sh prune first, or name a folder with --pruned-output-path"
         )
     return max(made, key=lambda path: path.stat().st_mtime).parent
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model: a config and its weights, or GGUF files."""
+    return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from moeprune import VERSION, metadata
 from moeprune.checkpoint import folder as checkpoints
 from moeprune.errors import InputError
-from moeprune.results import CUT, FILES, SCORES, newest_model
+from moeprune.results import CUT, FILES, SCORES, is_model, newest_model
 from moeprune.settings import FIELDS, Settings
 
 RECIPES = (CUT, SCORES)  # results in the pruned folder that know the plan; the strongest first
@@ -33,7 +34,7 @@ class Case:
 def find(settings: Settings) -> Case:
     """The pruned folder (named, or the newest in the output folder), its parent and its plan."""
     pruned = Path(settings.pruned_output_path) if settings.pruned_output_path else newest_model(settings.output_path)
-    if not (pruned / "config.json").is_file():
+    if not is_model(pruned):
         raise InputError(
             f"no pruned model at {pruned}; run ./run.sh prune first, or name a folder with --pruned-output-path"
         )
@@ -72,6 +73,14 @@ def fingerprint(case: Case | None, settings: Settings) -> str:
     if held_out and not Path(held_out).is_file():
         raise InputError(f"held-out data not found at {held_out}; give a .jsonl file in REAP_EVALUATION_PATH")
     return metadata.digest(*parts, Path(held_out) if held_out else "built-in")
+
+
+def loaded_bytes(folder: Path) -> int:
+    """Bytes of the weights in memory: as on disk, but of a GGUF file every number takes two."""
+    checkpoint = checkpoints.open_checkpoint(folder)
+    if checkpoint.container == "gguf":
+        return 2 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    return weight_bytes(folder)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -20,8 +20,11 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from moeprune import metadata
 from moeprune.checking import masking
 from moeprune.checking.samples import Batch
+from moeprune.checkpoint.folder import Checkpoint, open_checkpoint
 from moeprune.errors import InputError
 from moeprune.scoring.building import DTYPES, pick_device
+from moeprune.scoring.loading import OUTSIDE
+from moeprune.scoring.streaming import LayerStream
 from moeprune.settings import Settings
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # final hidden states [N, D] -> logits, float32 [N, V]
@@ -67,6 +70,8 @@ class Loaded:
 def load_model(folder: Path, settings: Settings) -> Any:
     """The model as plain transformers loads it, on the device that was asked for; every weight must be there."""
     transformers.utils.logging.disable_progress_bar()
+    if (checkpoint := open_checkpoint(folder)).container == "gguf":
+        return _load_dequantized(checkpoint, settings)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
     options |= {"dtype": DTYPES.get(settings.dtype, "auto"), "output_loading_info": True}
     try:
@@ -80,6 +85,16 @@ def load_model(folder: Path, settings: Settings) -> Any:
     if astray:
         raise InputError(f"{folder} lacks or misshapes {len(astray)} weights, {min(astray)} for one; it cannot be used")
     return model
+
+
+def _load_dequantized(checkpoint: Checkpoint, settings: Settings) -> Any:
+    """A GGUF model, all its layers at once: transformers knows few of its architectures in full."""
+    stream = LayerStream(checkpoint, settings)
+    for layer in (OUTSIDE, *stream.layers):
+        stream.loader.load(layer)
+    stream.model.tie_weights()
+    stream.loader.close()
+    return stream.model
 
 
 class CannotLoad(InputError):
