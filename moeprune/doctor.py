@@ -227,7 +227,8 @@ def describe_model(settings: Settings) -> Model:
         layer = re.match(r".*?\.\d+\.", tensor.name)
         layers[layer[0] if layer else tensor.name] += tensor.nbytes
     total = checkpoint.total_bytes
-    return Model(name, total, total - int(experts * settings.prune_ratio), max(layers.values()))
+    removed = 1 - settings.keep / layout.experts if settings.keep else settings.prune_ratio
+    return Model(name, total, total - int(experts * removed), max(layers.values()))
 
 
 def look(settings: Settings) -> Machine:

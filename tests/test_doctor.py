@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from moeprune.doctor import Gpu, Machine, Model, examine, parse_gpu
+from safetensors import safe_open
+
+from moeprune.doctor import Gpu, Machine, Model, describe_model, examine, parse_gpu
 from moeprune.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +83,20 @@ def test_disk_and_memory_are_compared_with_the_model():
     assert any(text.startswith("disk") for text in states(replace(H100, disk_free=31 * 10**9))["missing"])
     assert any(text.startswith("memory") for text in states(replace(H100, memory_free=10**9))["missing"])
     assert states(H100, Model("x", problem="not a folder"))["note"] == ["model: not a folder"]
+
+
+def test_the_configured_model_is_measured_from_its_headers():
+    folder = ROOT / "demo" / "model"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        numbers = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    experts = 2 * sum(count for name, count in numbers.items() if ".experts." in name)
+    layer = 2 * sum(count for name, count in numbers.items() if name.startswith("model.layers.0."))
+    routers = 0.01 * experts  # a row for each expert, which goes with it
+    for wish, removed in (({"prune_ratio": 0.5}, 0.5), ({"keep": 8}, 0.75)):
+        found = describe_model(Settings(model_path=str(folder), **wish))
+        assert (found.total, found.layer, found.problem) == (2 * sum(numbers.values()), layer, "")
+        assert abs(found.total - found.result - removed * experts) <= routers
+    assert "not a folder here" in describe_model(Settings(model_path="no/where")).problem
 
 
 def run_doctor(cwd: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
