@@ -57,12 +57,16 @@ def _header_json(path: Path, size: int) -> tuple[dict[str, Any], int]:
     """The header as a dictionary, and its length in bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if size == 0:
+            raise InputError(f"{path} is empty; fetch the file again")
         if size < 10 or length > size - 8:
             raise InputError(
-                f"{path} is truncated: {size} bytes, its header alone claims {length}; fetch the file again"
+                f"{path} is truncated: {size:,} bytes, its header alone claims {length:,}; fetch the file again"
             )
         if length > LARGEST_HEADER:
-            raise InputError(f"{path} claims a header of {length} bytes; no sound file has more than {LARGEST_HEADER}")
+            raise InputError(
+                f"{path} claims a header of {length:,} bytes; no sound file has more than {LARGEST_HEADER:,}"
+            )
         text = file.read(length)
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
@@ -93,15 +97,18 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
     start, end = offsets
     if end - start != (math.prod(shape) * BITS[dtype] + 7) // 8:
         raise InputError(
-            f"{path}: tensor {name} of {dtype} {list(shape)} cannot take {end - start} bytes; the file is damaged"
+            f"{path}: tensor {name} of {dtype} {list(shape)} cannot take {end - start:,} bytes; the file is damaged"
         )
     return Tensor(name, dtype, shape, path, base + start, base + end)
 
 
 def _counts(value: Any) -> tuple[int, ...] | None:
     """A list of numbers that are not negative, or None when it is anything else."""
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
+    if not isinstance(value, list):
         return None
+    for item in value:
+        if type(item) is not int or not 0 <= item < 2**63:
+            return None
     return tuple(value)
 
 
@@ -111,9 +118,9 @@ def _check_cover(path: Path, tensors: list[Tensor], base: int, size: int) -> Non
     for tensor in tensors:
         if tensor.start != at:
             what = "overlaps the one before it" if tensor.start < at else "leaves a hole before it"
-            raise InputError(f"{path}: tensor {tensor.name} {what} (byte {tensor.start}, expected {at})")
+            raise InputError(f"{path}: tensor {tensor.name} {what} (byte {tensor.start:,}, expected {at:,})")
         at = tensor.end
     if at > size:
-        raise InputError(f"{path} is truncated: {size} bytes, its tensors need {at}; fetch the file again")
+        raise InputError(f"{path} is truncated: {size:,} bytes, its tensors need {at:,}; fetch the file again")
     if at < size:
-        raise InputError(f"{path} has {size - at} bytes behind its last tensor; the file is damaged")
+        raise InputError(f"{path} has {size - at:,} bytes behind its last tensor; the file is damaged")

@@ -47,6 +47,7 @@ class Verification:
 
     def __init__(self, parent: Path, child: Path, keep: Mapping[str, tuple[int, ...]], gone: Collection[str]) -> None:
         self.parent, self.child, self.keep, self.gone = parent, child, dict(keep), frozenset(gone)
+        self.depths = sorted({block.count(".") + 1 for block in keep}, reverse=True)
         self.files_before: list[File] = []
         self.files_after: dict[Path, File] = {}  # those that `read` has seen
         self.config, self.before = self._read_parent()
@@ -66,7 +67,7 @@ class Verification:
 
     def _block_of(self, name: str) -> str:
         parts = name.split(".")
-        block = next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in self.keep), "")
+        block = next((p for depth in self.depths if (p := ".".join(parts[:depth])) in self.keep), "")
         return block + VISION if name.endswith("weight_1") and block + VISION in self.keep else block
 
     def _quantized_router(self, name: str) -> str:
