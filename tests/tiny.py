@@ -74,6 +74,11 @@ SWA_MLA = {
     "swa_v_head_dim": 16,
     "moe_shared_expert_intermediate_size": 32,
 }
+# What published configs hold and their classes know no default for.
+EXTRA: dict[str, dict[str, Any]] = {
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 4},
+    "qwen3_omni_moe": {"thinker_config": {"vision_start_token_id": 4}},
+}
 OCR_TOWER = {"vision_config": {"sam_config": {"output_channels": 8, "downsample_channels": [16, 32]}}}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -196,7 +201,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def config(family: str, **overrides: Any) -> transformers.PreTrainedConfig:
     """The small config of a family. An override reaches every config of the tree that has the field."""
     architecture, special = FAMILIES[family]
-    return _config(getattr(transformers, architecture).config_class, special | overrides)
+    extra = EXTRA.get(family, {})
+    return _config(getattr(transformers, architecture).config_class, extra | special | overrides, extra=extra)
 
 
 def _config(

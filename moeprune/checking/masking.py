@@ -1,9 +1,10 @@
 """A parent whose dropped experts cannot be chosen: exactly what the cut model has to compute.
 
 The router's logits of dropped experts become minus infinity before the model's own softmax, sigmoid, groups and top-k.
-A correction bias with one entry per expert is masked too, because sigmoid routers add it after the logits.
-Works for every router that owns a matrix with one row per expert and applies it once, beside a module named `experts`;
-anything else (JetMoE, the tables of DeepSeek-V4) is refused with a clear line.
+A correction bias with one entry per expert is masked too, because sigmoid routers add it after the logits. Where a
+table of tokens chooses the experts (DeepSeek-V4), it names the substitutes that the cut will name.
+Works for every router that owns a matrix with one row per expert and applies it once, beside a module named `experts`
+or around its stacks (JetMoE); anything else is refused with a clear line.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moeprune.errors import InputError
+from moeprune.pruning.rewrite import renumbered_TK
 
 Keep = Mapping[str, Sequence[int]]  # block name on disk -> ids of the experts that stay
 PRODUCTS = {torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm}
@@ -30,6 +32,10 @@ class CannotMask(InputError):
     """The experts of this kind of model cannot be masked, so nothing can be said about cuts before they are made."""
 
 
+# Experts whose cut computes something else than a mask can show, and why.
+UNMASKABLE = {
+    "NllbMoeExperts": "transformers takes NLLB-MoE's table of zeros and ones for expert numbers, so a cut runs others",
+}
 LAYER_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 
 # The variant that the running forward belongs to. A context variable, so that greenlets keep theirs apart.
@@ -58,10 +64,11 @@ def routed_blocks(model: Any) -> tuple[Routed, ...]:
     modules = dict(model.named_modules())
     zero = int(getattr(model.config.get_text_config(), "zero_expert_num", 0) or 0)  # LongCat: experts without weights
     found = []
-    for name, experts in modules.items():
-        count = _expert_count(name, experts)
+    for name, module in modules.items():
+        owns = hasattr(module, "router") and hasattr(module, "output_linear")  # JetMoE, in attention too
+        experts, parent = (module.output_linear, name) if owns else (module, name.rpartition(".")[0])
+        count = int(experts.num_experts) if owns else _expert_count(name, experts)
         count -= zero if isinstance(experts, torch.nn.ModuleList) or count > zero else 0
-        parent = name.rpartition(".")[0]
         inner = _router(modules[parent], experts, count) if count else ""
         if inner:
             block, matrix = modules[parent], modules[f"{parent}.{inner}"]
@@ -151,11 +158,9 @@ def _dropped(routed: Routed, blocks: Sequence[Routed]) -> torch.Tensor | None:
     stays = None if keep is None else assigned(keep, blocks).get(routed)
     if stays is None:
         return None
-    tables = [n for n, t in routed.block.named_buffers() if "tid2eid" in n] + [
-        n for n, t in routed.block.named_parameters() if "tid2eid" in n
-    ]
-    if tables:
-        raise CannotMask(f"{routed.name} chooses experts by a table of tokens ({tables[0]}), which cannot be masked")
+    reason = UNMASKABLE.get(type(routed.experts).__name__)
+    if reason:
+        raise CannotMask(f"{routed.name} cannot be masked: {reason}")
     dropped_R = torch.zeros(routed.rows, dtype=torch.bool, device=next(routed.matrix.parameters()).device)
     dropped_R[: routed.count] = True
     dropped_R[list(stays)] = False
@@ -178,13 +183,29 @@ def _masked_forward(
                 seen(routed, logits)
             return logits if dropped_R is None else logits.masked_fill(dropped_R, float("-inf"))
 
-        with _RouterMode(routed, change) as mode:
+        with substituted(routed, dropped_R), _RouterMode(routed, change) as mode:
             result = original(*args, **kwargs)
         if mode.seen != 1:
             raise CannotMask(f"the router {routed.name} ({type(routed.router).__name__}) cannot be masked")
         return result
 
     return forward
+
+
+@contextmanager
+def substituted(routed: Routed, dropped_R: torch.Tensor | None) -> Iterator[None]:
+    """Within this, a table that chooses experts by token names those that the cut's table will name."""
+    table_TK = getattr(routed.router, "tid2eid", None)
+    if table_TK is None or dropped_R is None:
+        yield
+        return
+    before, keep = table_TK.data, (~dropped_R[: routed.count]).nonzero().squeeze(-1)
+    rows_TK = renumbered_TK(before.cpu().numpy(), keep.tolist(), routed.count)
+    table_TK.data = keep[torch.from_numpy(rows_TK).to(keep.device).long()].to(before)
+    try:
+        yield
+    finally:
+        table_TK.data = before
 
 
 def _with_biases(routed: Routed, blocks: Sequence[Routed], worked: Counter[Routed]) -> Callable[..., Any]:

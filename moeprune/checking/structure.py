@@ -183,7 +183,8 @@ def _hooks(routed: Routed, trace: Trace, given: Trace | None) -> list[Any]:
         return None if given is None else given.output
 
     def experts_enter(_module: Any, args: Any) -> None:
-        if len(args) == 3 and torch.is_tensor(args[1]) and not args[1].is_floating_point():
+        chosen = len(args) == 3 and torch.is_tensor(args[1]) and not args[1].is_floating_point()
+        if chosen and args[1].shape == args[2].shape:  # not a table of zeros and ones
             trace.index_TK, trace.gate_TK = args[1], args[2]
 
     def experts_leave(_module: Any, _args: Any, output: Any) -> None:

@@ -114,10 +114,13 @@ def device(settings: Settings) -> str:
 
 def speaking(model: Any) -> Any:
     """The part of a model that has the language head: the model itself, or the text model inside of it."""
+    if hasattr(model.config, "canvas_length"):
+        name = type(model).__name__
+        raise InputError(f"{name} refines a canvas and predicts no next token; it cannot be judged token by token")
     for part in (model, *(getattr(model, name, None) for name in ("language_model", "thinker", "text_model"))):
-        if _has_head(part) and _body(part) is not None and not part.config.is_encoder_decoder:
+        if _has_head(part) and (_body(part) is not None or part.config.is_encoder_decoder):
             return part
-    raise InputError(f"{type(model).__name__} is no decoder with a language head; it cannot be judged token by token")
+    raise InputError(f"{type(model).__name__} has no language head; it cannot be judged token by token")
 
 
 def _has_head(part: Any) -> bool:
@@ -140,8 +143,13 @@ def judged_states(model: Any, batch: Batch) -> torch.Tensor:
     """Final hidden states at the positions whose next token is judged, on the CPU."""
     part = speaking(model)
     inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attended_BT}
-    out = _body(part)(**{name: value.to(_device_of(part)) for name, value in inputs.items()}, use_cache=False)
-    states_BTD: torch.Tensor = out[0]
+    inputs = {name: value.to(_device_of(part)) for name, value in inputs.items()}
+    if part.config.is_encoder_decoder:  # the decoder goes over the text that the encoder has read
+        read_BTD = part.get_encoder()(**inputs)[0]
+        seen = {"encoder_hidden_states": read_BTD, "encoder_attention_mask": inputs["attention_mask"]}
+        states_BTD: torch.Tensor = part.get_decoder()(**inputs, **seen, use_cache=False)[0]
+    else:
+        states_BTD = _body(part)(**inputs, use_cache=False)[0]
     if states_BTD.shape[:2] != batch.ids_BT.shape:
         raise InputError(f"{type(model).__name__} does not predict the next token; it cannot be judged token by token")
     return states_BTD[batch.scored_BT.to(states_BTD.device)].cpu()
@@ -153,8 +161,12 @@ def head_logits(model: Any, states_ND: torch.Tensor) -> torch.Tensor:
     part = speaking(model)
     states = states_ND.unsqueeze(0).to(_device_of(part))
     token = torch.zeros(1, states.shape[1], dtype=torch.long, device=states.device)
-    with masking.replaced_forward(_body(part), lambda *_args, **_kwargs: _Answer(last_hidden_state=states)):
-        logits_NV: torch.Tensor = part(input_ids=token, use_cache=False).logits[0]
+    answer, inputs = _Answer(last_hidden_state=states), dict[str, Any](input_ids=token)
+    if part.config.is_encoder_decoder:
+        inputs = {"encoder_outputs": answer, "decoder_input_ids": token}
+    body = part.get_decoder() if part.config.is_encoder_decoder else _body(part)
+    with masking.replaced_forward(body, lambda *_args, **_kwargs: answer):
+        logits_NV: torch.Tensor = part(**inputs, use_cache=False).logits[0]
     return logits_NV.float()
 
 

@@ -7,8 +7,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from moeprune.checking import masking, structure, subject
-from moeprune.checking.samples import Batch
+from moeprune.checking import fidelity, masking, structure, subject
+from moeprune.checking.samples import Batch, Sample
+from moeprune.checking.streamed import Streamed
+from moeprune.checking.subject import Loaded
+from moeprune.errors import InputError
+from moeprune.settings import Settings
 from tests import tiny
 from tests.checking import pairs
 from tests.pruning import cutting
@@ -47,12 +51,14 @@ def test_chunked_head_equals_the_whole_forward(tmp_path):
     )
 
 
-UNUSUAL = ("llama4_text", "zaya", "longcat_flash", "ernie4_5_moe", "inkling_text", "dots3_note", "gemma4_text")
+UNUSUAL = ("llama4_text", "zaya", "longcat_flash", "ernie4_5_moe", "inkling_text", "dots3_note", "gemma4_text",
+           "deepseek_v4", "jetmoe", "switch_transformers", "qwen3_omni_moe_thinker")  # fmt: skip
 
 
 @pytest.mark.parametrize("family", UNUSUAL)
 def test_unusual_routers(family, tmp_path):
-    """Tails behind the experts, biases elsewhere, routers in several parts, experts in the tower, capped heads."""
+    """Tails behind the experts, biases elsewhere, routers in several parts, experts in the tower, capped heads, tables
+    that choose by token, experts in attention, encoders with decoders, models in parts."""
     parent_folder = tiny.make(family, tmp_path / "parent")
     keep = cutting.keep_lists(parent_folder, 6)
     child_folder = cutting.cut(parent_folder, keep)
@@ -63,19 +69,50 @@ def test_unusual_routers(family, tmp_path):
     with masking.maskable(masking.routed_blocks(parent)), masking.keeping(keep):
         masked = subject.judged_states(parent, _batch())
     assert torch.allclose(masked, subject.judged_states(child, _batch()), atol=1e-4)
+    inputs = {"input_ids": _batch().ids_BT}
+    if child.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _batch().ids_BT
     with torch.no_grad():
-        expected = child(input_ids=_batch().ids_BT, use_cache=False).logits.flatten(0, 1)
+        expected = child(**inputs, use_cache=False).logits.flatten(0, 1)
     assert torch.allclose(subject.head_logits(child, masked), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["jetmoe", "deepseek_v4"])
-def test_what_cannot_be_masked_says_so(family, tmp_path):
+@pytest.mark.parametrize("family", ["deepseek_v4", "jetmoe", "switch_transformers", "qwen3_moe"])
+def test_streamed_preview_tells_the_metrics_of_the_cut(family, tmp_path):
+    """All variants side by side, one layer in memory, against the cut model as plain transformers loads it."""
+    parent_folder = tiny.make(family, tmp_path / "parent")
+    keep, other = (cutting.keep_lists(parent_folder, 6, seed=seed) for seed in (0, 1))
+    settings = Settings(device="cpu", dtype="float32", output_path=tmp_path)
+    parent, child = Streamed(parent_folder, settings), Loaded(cutting.cut(parent_folder, keep), settings)
+    batches, held_out = [_batch()], [Sample(text="", domain=name) for name in "aab"]
+    whole, masked, different = parent.variants(batches, [None, keep, other])
+    (own,) = child.variants(batches, [None])
+    with parent.head() as parents, child.head() as childs:
+        told, found, elsewhere = (
+            fidelity.summary(fidelity.compare(parents, head, batches, (whole, states), parent.vocabulary), held_out, 0)
+            for head, states in ((parents, masked), (childs, own), (parents, different))
+        )
+    for measure in ("kl", "loss", "same_top", "kl_median", "kl_p95"):
+        assert told["overall"][measure] == pytest.approx(found["overall"][measure], rel=1e-3, abs=3e-6), measure
+    assert told["overall"]["kl"] > 1e-4
+    assert elsewhere["overall"]["kl"] != pytest.approx(told["overall"]["kl"], rel=1e-2)
+
+
+REFUSED = {
+    "nllb-moe": "zeros and ones for expert numbers",
+    "diffusion_gemma": "refines a canvas and predicts no next token",
+    "openai_privacy_filter": "has no language head",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_masked_or_judged_says_why(family, tmp_path):
     folder = tiny.make(family, tmp_path / "parent")
     model = getattr(transformers, tiny.FAMILIES[family][0]).from_pretrained(folder).eval()
     keep = cutting.keep_lists(folder, 6)
-    with pytest.raises(masking.CannotMask), masking.maskable(masking.routed_blocks(model)), masking.keeping(keep):
+    masked = masking.maskable(masking.routed_blocks(model))
+    with pytest.raises(InputError, match=REFUSED[family]), masked, masking.keeping(keep):
         subject.judged_states(model, _batch())
-    assert structure.examine(model, model, keep, [_batch()])["status"] == "not tested"
 
 
 def test_a_router_that_is_passed_over_is_not_taken_for_masked(tmp_path):

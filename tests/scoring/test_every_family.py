@@ -6,9 +6,7 @@ In mode full, the sums over all tokens and experts must be those of an oracle.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,8 +60,6 @@ def logits(output: Any) -> torch.Tensor:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_streamed_is_plain_and_observed_is_real(family: str, tmp_path) -> None:
     folder, data = streamed.checkpoint(family), streamed.batches(count=2, length=10)
-    if family.startswith("qwen3_omni"):
-        name_vision_token(folder)
     opened = open_checkpoint(folder)
     stream = LayerStream(opened, streamed.settings(tmp_path))
     observer = Adding(stream, data, streamed.DOMAINS, "full")
@@ -89,13 +85,6 @@ def test_streamed_is_plain_and_observed_is_real(family: str, tmp_path) -> None:
         assert block.tokens_D.tolist() == [20, 15] or block.block.endswith(".vision")
         np.testing.assert_allclose(block.values["full_sum"], oracle.sums[block.block], rtol=1e-4, err_msg=block.block)
     assert checked.paths >= {site.path for site in observer.sites if site.block.role == "trunk"} or family == "jetmoe"
-
-
-def name_vision_token(folder: Path) -> None:
-    """A published config says which token begins an image; the class has no default for it."""
-    config = tiny.read_config(folder)
-    config.get("thinker_config", config)["vision_start_token_id"] = 4
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 class Checked:
