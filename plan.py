@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Before stage 1: what each step would take and give, from headers, or from config.json and the index alone.
 
-Nothing is written, and no weight is read or fetched. stdout gets one JSON object, stderr a table.
+Nothing is kept or fetched: a model here and a temporary file are read for a moment, to know how fast this machine is.
+stdout gets one JSON object, stderr a table.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.outline import Outline, open_outline
 from moeprune.console import duration, say, size
 from moeprune.errors import InputError, StageError
-from moeprune.planning import forecast
+from moeprune.planning import forecast, rates
 from moeprune.planning.decision import check_words
-from moeprune.planning.forecast import Bits, Rates, Weights, Work
+from moeprune.planning.forecast import Bits, Weights, Work
+from moeprune.planning.rates import Rate, Rates
 from moeprune.pruning.choice import bytes_per_expert
 from moeprune.pruning.result import BASE_MEMORY, MEMORY_PER_TENSOR
 from moeprune.results import FILES, SCORES
 from moeprune.settings import Settings, resolve
 from moeprune.values import listed, ratio
 
+LIKE_SIZE = 0.1  # an earlier run's model has at least this share of the weights that take part in a token
 COMPUTE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
@@ -46,12 +48,13 @@ def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
     layout = layout_of(outline)
     weights = weights_of(settings, outline.checkpoint, layout)
     earlier = earlier_run(settings)
-    rates = rates_of(settings, earlier)
+    measured = rates_of(settings, outline, weights, earlier)
     tokens, tokens_source = calibration_tokens(settings, earlier)
     judged = settings.evaluation_samples * settings.max_seq_len
     work = Work(judged, BASE_MEMORY, MEMORY_PER_TENSOR)
+    room = forecast.room_of(settings)
     cuts = [
-        forecast.variant(wish, layout, weights, rates, work)
+        forecast.variant(wish, layout, weights, measured, work)
         for wish in forecast.wishes(settings, [ratio(text) for text in listed(settings.ratios)])
     ]
     scores_here = outline.checkpoint.container == "safetensors"
@@ -69,9 +72,10 @@ def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
             **asdict(weights),
         },
         "calibration": {"tokens": tokens, "source": tokens_source},
-        "rates": asdict(rates),
-        "reap": asdict(forecast.scoring(weights, tokens, forecast.room_of(settings), rates)) if scores_here else None,
+        "rates": asdict(measured),
+        "reap": asdict(forecast.scoring(weights, tokens, room, measured)) if scores_here else None,
         "cuts": cuts,
+        "texts": {"judged": judged, "count": settings.generations, "tokens": settings.max_new_tokens},
         "warnings": console.warnings(),
     }
 
@@ -105,32 +109,37 @@ def earlier_run(settings: Settings) -> dict[str, Any] | None:
     return metadata.read_result(path, SCORES) if path.is_file() else None
 
 
-def rates_of(settings: Settings, earlier: dict[str, Any] | None) -> Rates:
-    """The rate that was given, else that of the earlier run, else an assumption."""
-    read = float(settings.read_rate), settings.origin.get("read_rate", "assumed")
+def rates_of(settings: Settings, outline: Outline, weights: Weights, earlier: dict[str, Any] | None) -> Rates:
+    """Rates that were given, else that of an earlier run on this machine, else measured now."""
+    compute = earlier and rate_of_run(settings, earlier, weights)
     if settings.compute_rate:
-        return Rates(settings.compute_rate * 1e12, settings.origin["compute_rate"], *read)
-    measured = earlier and measured_flops(settings, earlier)
-    if measured:
-        return Rates(*measured, *read)
-    device = {"auto": "cuda" if shutil.which("nvidia-smi") else "cpu"}.get(settings.device, settings.device)
-    flops = forecast.ASSUMED_FLOPS.get(device, forecast.ASSUMED_FLOPS["cpu"])
-    return Rates(flops, f"assumed for {device}", *read)
+        compute = Rate(settings.compute_rate * 1e12, settings.origin["compute_rate"])
+    compute = compute or rates.computing(settings.device, int(weights.compute_bytes))
+    if settings.read_rate:
+        given = Rate(float(settings.read_rate), settings.origin["read_rate"])
+        return Rates(compute, given, given)
+    return Rates(compute, *rates.disk(outline.checkpoint.shards, settings.output_path))
 
 
-def measured_flops(settings: Settings, earlier: dict[str, Any]) -> tuple[float, str] | None:
-    """Operations per second of an earlier scoring whose model is still known, reading of weights included."""
+def rate_of_run(settings: Settings, earlier: dict[str, Any], weights: Weights) -> Rate | None:
+    """Operations per second of an earlier scoring, reading included, whose model is still known and of a like size.
+
+    A model that is much smaller spends its time on other things than products of matrices.
+    """
     seconds, tokens = earlier.get("timing", {}).get("scoring_s"), earlier["inputs"].get("calibration", {}).get("tokens")
     folder = earlier["inputs"].get("model", {}).get("path", "")
-    if not seconds or not tokens or not Path(folder).exists():
+    device = earlier["settings"]["values"].get("device", settings.device)
+    if not seconds or not tokens or not Path(folder).exists() or device != settings.device:
         return None
     try:
         outline = open_outline(folder)
-        weights = weights_of(settings, outline.checkpoint, understand(outline.checkpoint))
+        run = weights_of(settings, outline.checkpoint, understand(outline.checkpoint))
     except StageError:
         return None
-    source = f"an earlier run: {Path(folder).name}, {tokens} tokens in {duration(seconds)}"
-    return 2 * weights.active * tokens / seconds, source
+    if run.scored < LIKE_SIZE * weights.scored:
+        return None
+    source = f"measured by an earlier run: {Path(folder).name}, {tokens} tokens in {duration(seconds)}"
+    return Rate(2 * run.scored * tokens / seconds, source)
 
 
 def calibration_tokens(settings: Settings, earlier: dict[str, Any] | None) -> tuple[int, str]:
@@ -146,13 +155,14 @@ def calibration_tokens(settings: Settings, earlier: dict[str, Any] | None) -> tu
 
 def show(result: dict[str, Any]) -> None:
     """The table for a person."""
-    model, reap, rates = result["model"], result["reap"], result["rates"]
+    model, reap, speed = result["model"], result["reap"], result["rates"]
     known = "measured" if model["measured"] else "predicted, only the total is exact"
     say(f"model    {model['model_type']}, {size(model['total_bytes'])}, {model['experts']} experts in each of "
         f"{model['blocks']} MoE layers, {model['top_k']} for each token")  # fmt: skip
     say(f"known    {model['source']} ({known})")
-    say(f"rates    {rates['flops'] / 1e12:.3g} TFLOP/s ({rates['flops_source']}), "
-        f"disk {size(rates['read_bytes'])}/s ({rates['read_source']})")  # fmt: skip
+    say(f"compute  {speed['compute']['value'] / 1e12:.3g} TFLOP/s ({speed['compute']['source']})")
+    for name in ("read", "write"):
+        say(f"{name:<8} {size(speed[name]['value'])}/s ({speed[name]['source']})")
     if reap:
         say(f"reap     {result['calibration']['tokens']:,} tokens ({result['calibration']['source']})")
         memory = f"memory {size(reap['memory_bytes'])}, or on a GPU {size(reap['gpu_memory_bytes'])} and hidden states"
@@ -163,7 +173,14 @@ def show(result: dict[str, Any]) -> None:
         say(_row(cut, model["experts"]))
     for note in dict.fromkeys(note for cut in result["cuts"] for note in cut.get("notes", ())):
         say(note)
-    say("nothing was written; prune needs its size on the disk; times of test leave generation out")
+    say("prune needs its size on the disk; the start of a step, some seconds, is left out of all times")
+    longest = max((cut["test"]["loaded"]["time_s"] for cut in result["cuts"] if cut.get("test")), default=0)
+    if longest:
+        texts = result["texts"]
+        say(f"test     {texts['judged']:,} tokens at most, about {duration(longest)}; where both models fit into")
+        say(
+            f"         memory also {texts['count']} texts of up to {texts['tokens']} tokens, whose time is not foretold"
+        )
 
 
 def _row(cut: dict[str, Any], experts: int) -> str:

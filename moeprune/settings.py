@@ -164,9 +164,11 @@ class Settings:
     drop_mtp: bool = setting(False, switch, "prune", "remove the layers that predict further tokens (MTP)")
     dry_run: bool = setting(False, switch, "plan prune", "say what would happen and write nothing")
 
-    read_rate: int = setting(1_000_000_000, amount, "plan", "bytes per second of the disk, for times in the forecast")
+    read_rate: int = setting(
+        0, amount, "plan", "bytes per second of the disk, for times in the forecast; 0: measured for a second"
+    )
     compute_rate: float = setting(
-        0.0, number, "plan", "TFLOP/s for times in the forecast; 0: an earlier run's, else an assumption"
+        0.0, number, "plan", "TFLOP/s for times in the forecast; 0: an earlier run's, else measured for a second"
     )
 
     evaluation_path: str = setting("", str, "preview test", "held-out data to judge on; empty: the built-in set")
@@ -184,9 +186,9 @@ class Settings:
     parent_endpoint: str = setting("", str, "test", "server of the parent, to compare with")
     endpoint_key: str = setting("", str, "test batch", "key for the servers", secret=True)
     generations: int = setting(
-        800, positive, "test", "prompts to continue at most; fewer than 750 hide doubled loop rates"
+        800, positive, "plan test", "prompts to continue at most; fewer than 750 hide doubled loop rates"
     )
-    max_new_tokens: int = setting(96, positive, "test batch", "tokens to generate for a prompt at most")
+    max_new_tokens: int = setting(96, positive, "plan test batch", "tokens to generate for a prompt at most")
     max_kl: float = setting(
         0.8, number, "preview test", "fail above this mean KL divergence to the parent, nats per token"
     )

@@ -1,7 +1,7 @@
 """What each stage will take of a machine, worked out from a model's headers (or from what is predicted of them).
 
 Sizes follow from the bytes on disk. Memory repeats what the stages themselves demand before they begin. Times are work
-divided by rates; a rate is given, taken from an earlier run, or assumed, and its source stands beside it.
+divided by rates (see rates.py); starting a step, importing torch above all, takes some seconds more.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from moeprune.errors import UsageError
 from moeprune.planning import engines
 from moeprune.planning.decision import choose_count
 from moeprune.planning.plan import Limits
+from moeprune.planning.rates import Rates
 from moeprune.settings import Settings
 
-ASSUMED_FLOPS = {"cpu": 0.2e12, "cuda": 50e12}  # useful operations per second; a server CPU, a data centre GPU
 TORCH_MEMORY = 700_000_000  # bytes; the interpreter with torch and transformers
+JUDGED_PASSES = 5  # the parent as it is, with the plan masked, with two drawn plans masked; and the pruned model
 JUDGE_MARGIN = 1.3  # of two loaded models: activations, caches and logits beside the weights
 BATCH_WIDTHS = 12  # vectors of the hidden width that a token of the running batch takes; rough, measured on one model
-CUT_PASSES = 4  # times the result's bytes go through the disk: read, written, and both read again for the proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,11 @@ class Weights:
         return always + self.top_k * self.each_bytes * 8 / self.expert_bits
 
     @property
+    def scored(self) -> float:
+        """Those of them that scoring multiplies with: embeddings are looked up, and the head is not run."""
+        return max(self.active - self.outside_bytes * 8 / self.plain_bits, 1.0)
+
+    @property
     def quantized(self) -> bool:
         """Whether a layer has to be dequantized."""
         return self.expert_bits < self.plain_bits
@@ -70,16 +75,6 @@ class Weights:
     def outside_in_memory(self) -> int:
         """Embeddings, head and towers as they compute."""
         return int(self.outside_bytes * 8 / self.plain_bits * self.compute_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Operations and bytes per second, and where each is from."""
-
-    flops: float
-    flops_source: str
-    read_bytes: float
-    read_source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,20 +146,19 @@ def scoring(weights: Weights, tokens: int, room: Room, rates: Rates) -> Need:
     return Need(
         memory_bytes=TORCH_MEMORY + held + min(waiting, room.hidden_memory),
         disk_bytes=max(0, waiting - room.hidden_memory) + 2 * waiting,
-        time_s=_compute_s(weights, tokens, rates) + weights.total_bytes / rates.read_bytes,
+        time_s=2 * weights.scored * tokens / rates.compute.value + weights.total_bytes / rates.read.value,
         gpu_memory_bytes=weights.outside_in_memory + 2 * weights.layer_in_memory + running,
     )
 
 
-def _compute_s(weights: Weights, tokens: int, rates: Rates) -> float:
-    return 2 * weights.active * tokens / rates.flops
-
-
 def cutting(weights: Weights, kept: int, rates: Rates, *, base_bytes: int, bytes_per_tensor: int) -> Need:
-    """Stage 2: buffers and the names of all tensors, and the result on the disk."""
+    """Stage 2: buffers and the names of all tensors, and the result on the disk.
+
+    The proof reads what was just read and written, which the system still has in memory.
+    """
     after = weights.after_bytes(kept)
     memory = base_bytes + bytes_per_tensor * weights.tensors
-    return Need(memory, after, CUT_PASSES * after / rates.read_bytes)
+    return Need(memory, after, after / rates.read.value + after / rates.write.value)
 
 
 def judging(weights: Weights, kept: int, tokens: int, room: Room, rates: Rates) -> tuple[Need, Need]:
@@ -173,7 +167,7 @@ def judging(weights: Weights, kept: int, tokens: int, room: Room, rates: Rates) 
     Streamed, the last hidden states of the parent wait beside those of the pruned model.
     """
     both = weights.total_bytes + weights.after_bytes(kept)
-    time_s = 2 * _compute_s(weights, tokens, rates) + both / rates.read_bytes
+    time_s = JUDGED_PASSES * 2 * weights.active * tokens / rates.compute.value + both / rates.read.value
     streamed = scoring(weights, 2 * tokens, room, rates)
     spilled = max(0, int(2 * tokens * weights.hidden * weights.compute_bytes) - room.hidden_memory)
     loaded = Need(TORCH_MEMORY + int(JUDGE_MARGIN * both), 0, time_s, int(JUDGE_MARGIN * both))

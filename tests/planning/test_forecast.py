@@ -17,8 +17,9 @@ import plan
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.checkpoint.outline import open_outline
 from moeprune.errors import InputError, MachineError, UsageError
-from moeprune.planning import forecast
-from moeprune.planning.forecast import Rates, Room
+from moeprune.planning import forecast, rates
+from moeprune.planning.forecast import Room
+from moeprune.planning.rates import Rate, Rates
 from moeprune.settings import resolve
 from tests import handmade, tiny
 from tests.checkpoint import test_gguf
@@ -38,7 +39,8 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 EVERY_LAYER = {"self_attn.q_proj.weight": [H, H], "input_layernorm.weight": [H], "mlp.gate.weight": [E, H]}
-RATES = Rates(1e12, "test", 1e9, "test")
+RATES = Rates(Rate(1e12, "test"), Rate(1e9, "test"), Rate(1e9, "test"))
+KNOWN = ("--compute-rate=1", "--read-rate=1GB")  # so that nothing is measured
 
 
 def each(suffixes):
@@ -105,8 +107,9 @@ def bare(folder, target):
     return target
 
 
-def foretold(folder, *flags, output=None):
-    settings = resolve("plan", ["--model-path", str(folder), "--output-path", str(output or "nowhere"), *flags], {})
+def foretold(folder, *flags, output=None, known=KNOWN):
+    words = ["--model-path", str(folder), "--output-path", str(output or "nowhere"), *known, *flags]
+    settings = resolve("plan", words, {})
     return plan.foretell(settings, open_outline(settings.model_path))
 
 
@@ -160,7 +163,7 @@ def test_hidden_states_fill_memory_and_then_the_disk(tmp_path):
     assert little.disk_bytes == 2 * 10_000 * H * 2  # two saved states, nothing spilled
     assert much.memory_bytes - little.memory_bytes == 10_000_000 - 10_000 * H * 2
     assert much.disk_bytes == 100_000 * H * 2 - 10_000_000 + 2 * 100_000 * H * 2
-    assert much.time_s - little.time_s == pytest.approx(2 * weights.active * 90_000 / 1e12)
+    assert much.time_s - little.time_s == pytest.approx(2 * weights.scored * 90_000 / 1e12)
 
 
 def test_engines_and_the_router_have_their_say(tmp_path):
@@ -190,7 +193,9 @@ def earlier(output, folder, tokens=1000, seconds=4.0, **values):
     data = {
         "schema_version": "1.0",
         "kind": "reap_metadata",
-        "settings": {"values": {"calibration_path": "", "max_samples": 512, "max_seq_len": 2048} | values},
+        "settings": {
+            "values": {"calibration_path": "", "max_samples": 512, "max_seq_len": 2048, "device": "auto"} | values
+        },
         "inputs": {"model": {"path": str(folder)}, "calibration": {"tokens": tokens}},
         "timing": {"scoring_s": seconds},
     }
@@ -199,21 +204,83 @@ def earlier(output, folder, tokens=1000, seconds=4.0, **values):
     return output
 
 
-def test_rates_come_from_the_setting_then_an_earlier_run_then_an_assumption(tmp_path):
+def test_rates_come_from_the_setting_then_an_earlier_run_then_a_measurement(tmp_path):
     full = model(tmp_path / "full")
-    assumed = foretold(full, "--device", "cuda")
-    assert assumed["rates"]["flops_source"] == "assumed for cuda"
-    assert assumed["calibration"]["tokens"] == 512 * 2048
     output = earlier(tmp_path / "output", full)
-    measured = foretold(full, output=output)
-    assert measured["rates"]["flops"] == 2 * measured["model"]["active_weights"] * 1000 / 4.0
-    assert "earlier run" in measured["rates"]["flops_source"]
+    measured = foretold(full, output=output, known=["--read-rate=1TB"])
+    compute = measured["rates"]["compute"]
+    assert compute["value"] == 2 * (measured["model"]["active_weights"] - 2 * VOCABULARY * H) * 1000 / 4.0
+    assert compute["source"] == "measured by an earlier run: full, 1000 tokens in 4.0 s"
     assert measured["calibration"] == {"tokens": 1000, "source": "counted by an earlier run on the same data"}
     assert measured["reap"]["time_s"] == pytest.approx(4.0, rel=0.01)  # the same work again
     other = foretold(full, "--max-samples", "7", "--compute-rate", "3", "--read-rate", "2GB", output=output)
-    assert other["calibration"]["tokens"] == 7 * 2048
-    assert (other["rates"]["flops"], other["rates"]["flops_source"]) == (3e12, "--compute-rate")
-    assert (other["rates"]["read_bytes"], other["rates"]["read_source"]) == (2e9, "--read-rate")
+    assert other["calibration"] == {"tokens": 7 * 2048, "source": "at most: --max-samples x --max-seq-len"}
+    assert other["rates"]["compute"] == {"value": 3e12, "source": "--compute-rate"}
+    assert other["rates"]["read"] == other["rates"]["write"] == {"value": 2e9, "source": "--read-rate"}
+    assert (
+        "earlier" not in foretold(full, "--device", "mps", output=output, known=KNOWN[1:])["rates"]["compute"]["source"]
+    )
+
+
+def test_a_much_smaller_model_says_nothing_of_a_larger_one(tmp_path):
+    small = model(tmp_path / "small")
+    output = earlier(tmp_path / "output", small)
+    wide = {"hidden_size": 4096, "moe_intermediate_size": 4096}
+    large = bare(model(tmp_path / "large", **wide), tmp_path / "bare")
+    index = large / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": 3_000_000_000}}))
+    found = foretold(large, "--device", "mps", output=output, known=KNOWN[1:])
+    assert found["rates"]["compute"]["source"] == "assumed for mps, which could not be measured here"
+
+
+def test_what_is_measured_is_of_this_machine_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "COMPUTE_S", 0.01)
+    monkeypatch.setattr(rates, "SAMPLE_BYTES", 2 * rates.CHUNK_BYTES)
+    monkeypatch.setattr(rates.shutil, "which", lambda _name: None)
+    full = model(tmp_path / "full")
+    found = foretold(full, output=tmp_path / "not" / "there", known=())["rates"]
+    assert 1e7 < found["compute"]["value"] < 1e14
+    assert "of a product of matrices on this CPU" in found["compute"]["source"]
+    assert found["write"]["source"] == f"measured on 16 MB in {tmp_path}"
+    assert found["read"]["source"].startswith("measured on 16 MB of a temporary file, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    monkeypatch.setattr(rates, "ENOUGH_BYTES", 1000)
+    largest = max(full.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    assert f" of {largest.name}, " in foretold(full, output=tmp_path, known=KNOWN[:1])["rates"]["read"]["source"]
+
+
+def test_a_file_in_memory_is_known_from_one_on_the_disk(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(4_000_000))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        file.read()
+        assert rates._is_cached(file.fileno(), 4_000_000)
+
+
+def test_an_output_that_cannot_be_written_is_an_assumption(tmp_path, monkeypatch):
+    def refuse(**_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(rates.tempfile, "TemporaryFile", refuse)
+    read, write = rates.disk([], tmp_path)
+    assert read == write == Rate(1e9, f"assumed: {tmp_path} could not be written (Permission denied)")
+
+
+GPU = """#!/bin/sh
+echo "[4e14, \\"a GPU\\"]"
+"""
+
+
+def test_a_gpu_is_asked_by_a_process_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text(GPU)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(rates.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(rates.shutil, "which", lambda name: name)
+    found = rates.computing("auto", 2)
+    assert found == Rate(0.1 * 4e14, "10%, which is assumed, of the 400 TFLOP/s measured for a product on a GPU")
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    assert rates.computing("cuda", 2).source == "assumed for a GPU, which could not be measured here"
 
 
 def test_what_cannot_be_foretold_is_refused(tmp_path):
@@ -243,7 +310,7 @@ def run(*argv, **environment):
 
 def test_the_command_writes_nothing_and_needs_no_torch(tmp_path):
     folder = bare(model(tmp_path / "full"), tmp_path / "bare")
-    done = run("--dry-run", "--model-path", str(folder), HOME=str(tmp_path))
+    done = run("--dry-run", "--model-path", str(folder), *KNOWN, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "plan"
     assert done.stdout.count("\n") == 1
