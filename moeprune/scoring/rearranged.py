@@ -17,9 +17,9 @@ from moeprune.scoring.recipe import Recipe, changed, row, together
 Recipes = Mapping[str, Recipe]
 Rule = Callable[[Recipes, Checkpoint], Recipes]
 
-# MLX stacks experts under a name of its own, one matrix for each of the three.
+# MLX stacks experts under a name of its own, one matrix for each of the three; `experts.fc1` is Aria's own.
 MLX_STACK = re.compile(
-    r"(?P<module>.*\.)(?:switch_mlp|switch_glu|experts)\.(?P<matrix>(?:gate|up|down)_proj|fc[12])\.(?P<kind>weight|bias)"
+    r"(?P<module>.*\.)(?:switch_mlp|switch_glu|experts(?!\.fc))\.(?P<matrix>(?:gate|up|down)_proj|fc[12])\.(?P<kind>weight|bias)"
 )
 # unsloth makes a linear layer of each expert of gpt-oss.
 UNSLOTH = re.compile(r"(?P<module>.*\.experts\.)(?P<matrix>gate_up|down)_projs\.(?P<id>\d+)\.(?P<kind>weight|bias)")
