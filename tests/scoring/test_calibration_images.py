@@ -93,7 +93,7 @@ def test_changing_an_image_moves_no_other_document(family, tmp_path):
         settings = Settings(calibration_path=mixed(tmp_path / str(seed), seed))
         (batch,) = load_calibration(settings, processor, model.config).batches
         with torch.no_grad():
-            return model(**batch.inputs, use_cache=False).logits, batch
+            return model(**vision.inputs(batch), use_cache=False).logits, batch
 
     (before_BTV, batch), (after_BTV, _) = logits(7), logits(8)
     moved = []
@@ -114,7 +114,7 @@ def test_images_give_the_same_logits_alone_and_together(family, tmp_path):
             Settings(calibration_path=path, batch_size=batch_size), processor, model.config
         ).batches:
             with torch.no_grad():
-                logits_BTV = model(**batch.inputs, use_cache=False).logits
+                logits_BTV = model(**vision.inputs(batch), use_cache=False).logits
             for ids, mask, logits_TV in zip(
                 *(batch.inputs[k] for k in ("input_ids", "attention_mask")), logits_BTV, strict=True
             ):

@@ -123,6 +123,7 @@ def describe(model: Any, name: str, color: tuple[int, int, int]) -> torch.Tensor
     text = processor.tokenizer.apply_chat_template(chat, tokenize=False)
     picture = Image.new("RGB", (24, 24), color)
     inputs = processor(text=[text], images=[picture], return_tensors="pt", add_special_tokens=False)
+    inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
     said = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
     assert said.sequences.shape[1] > inputs["input_ids"].shape[1]
     return torch.stack(said.logits[:1])

@@ -11,7 +11,8 @@ import torch
 
 from moeprune.scoring.batching import unpacked
 from moeprune.scoring.documents import Document
-from tests.scoring import streamed
+from tests import tiny
+from tests.scoring import streamed, vision
 from tests.scoring.test_oracle import oracle
 
 IMAGE_TOKEN = 3
@@ -74,3 +75,41 @@ def test_the_images_reach_the_model(family):
     for b, mask_T in enumerate(batch.inputs["attention_mask"].bool()):
         same = torch.allclose(before_BTV[b][mask_T], after_BTV[b][mask_T], rtol=1e-4, atol=1e-4)
         assert same == (len(first[2].ids) != int(mask_T.sum()))
+
+
+def test_llama4_whose_gate_goes_into_the_expert(tmp_path):
+    """Tiles of 8 x 8 pixels make a token each; an expert contributes f(g x), computed here in float64."""
+    generator = torch.Generator().manual_seed(5)
+    made = [Document(torch.randint(10, 250, (9,), generator=generator).tolist(), "mix", 0)]
+    for slice_, tiles in enumerate((1, 3)):
+        pixels = {"pixel_values": torch.randn(tiles, 3, 8, 8, generator=generator)}
+        ids = [*torch.randint(10, 250, (4,), generator=generator).tolist(), *[IMAGE_TOKEN] * tiles, 20, 21]
+        made.append(Document(ids, "mix", slice_, frozenset({IMAGE_TOKEN}), stacked=pixels))
+    data = unpacked(made, DOMAINS, 2, 0)
+    folder = tiny.make("llama4", tmp_path / "model", **vision.FAMILIES["llama4"].model)
+    model = streamed.plain(folder)
+    blocks = [module for module in model.modules() if type(module).__name__ == "Llama4TextMoe"]
+    expected = [np.zeros((2, 8)) for _ in blocks]
+    domain_T = torch.empty(0)
+
+    def look(block: torch.nn.Module, args: tuple[torch.Tensor], want: np.ndarray) -> None:
+        x_TH = args[0].reshape(-1, args[0].shape[-1])
+        logits_TE = block.router(x_TH)[1]
+        for t in torch.nonzero(domain_T >= 0).flatten().tolist():
+            for e in logits_TE[t].topk(block.top_k).indices.tolist():
+                x_H = x_TH[t].double() * logits_TE[t, e].double().sigmoid()
+                gate, up = (x_H @ block.experts.gate_up_proj[e].double()).chunk(2)
+                f_H = (up * torch.nn.functional.silu(gate)) @ block.experts.down_proj[e].double()
+                want[domain_T[t], e] += float(f_H.norm())
+
+    for block, want in zip(blocks, expected, strict=True):
+        block.register_forward_pre_hook(lambda owner, args, want=want: look(owner, args, want))
+    for batch in data:
+        domain_T = batch.domain_BT.reshape(-1)
+        with torch.no_grad():
+            model(**batch.inputs, use_cache=False)
+    found = streamed.score(folder, data, tmp_path).blocks
+    for block, want in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(block.tokens_D, [9 + 6 + 6, 1 + 3])
+        assert want.any(axis=1).all()
+        np.testing.assert_allclose(block.values["gate_norm_sum"], want, rtol=2e-5, atol=1e-7)

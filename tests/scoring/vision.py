@@ -13,8 +13,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
+from moeprune.scoring.batching import Batch
+from moeprune.scoring.pixels import moved
 from moeprune.scoring.processors import load_processor
 from tests import tiny
 from tests.scoring import byte_tokenizer
@@ -38,6 +41,7 @@ class Family:
     special: tuple[str, ...]  # tokens; the first stands for a piece of an image
     named: tuple[str, ...] = ()  # attributes of the tokenizer for the first special tokens
     settings: dict[str, Any] = field(default_factory=dict)
+    processor_settings: dict[str, Any] = field(default_factory=dict)
     one_file: bool = False  # processor_config.json with the image processor inside, as transformers 5 saves
     needs_torchvision: bool = False
     budget: int = 0  # tokens of an image of any size; else one for each square of 2 x 2 patches
@@ -88,6 +92,18 @@ FAMILIES = {
         settings={"patch_size": 4},
         needs_torchvision=True,
     ),
+    "llama4": Family(
+        "Llama4Processor",
+        "Llama4ImageProcessor",
+        "<|image|>",
+        ("<|patch|>", "<|image|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+        settings={"size": {"height": 8, "width": 8}, "max_patches": 4},
+        processor_settings={"patch_size": 4, "pixel_shuffle_ratio": 0.5},
+        one_file=True,
+        needs_torchvision=True,
+        budget=5,  # up to four tiles and the whole, a token each
+        model={"vision_config": {"intermediate_size": 128}},  # four pixels of 32 in one
+    ),
 }
 
 
@@ -103,11 +119,17 @@ def dress(folder: Path, name: str) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     images = {"image_processor_type": family.image_processor, **family.settings}
     if family.one_file:
-        text, file = {"processor_class": family.processor, "image_processor": images}, "processor_config.json"
+        whole = {"processor_class": family.processor, "image_processor": images, **family.processor_settings}
+        text, file = whole, "processor_config.json"
     else:
         text, file = images | {"processor_class": family.processor}, "preprocessor_config.json"
     (folder / file).write_text(json.dumps(text))
     return folder
+
+
+def inputs(batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """What a model of this type gets, as a run gives it; Llama 4's processor makes bfloat16 by itself."""
+    return {name: moved(value, torch.device("cpu"), dtype) for name, value in batch.inputs.items()}
 
 
 @cache
