@@ -252,6 +252,8 @@ def updated_config(checkpoint: Checkpoint, layout: Layout, kept: int) -> dict[st
 
 def mtp_tensors(checkpoint: Checkpoint, layout: Layout) -> frozenset[str]:
     """Every tensor of the layers that predict further tokens, dense parts and dense layers included."""
+    if checkpoint.container == "gguf":
+        return gguf_layout.mtp_tensors(checkpoint.tensors, checkpoint.config)
     inner = [scope for _, scope in scopes(checkpoint.config)]
     depth = max((largest(scope, DEPTH_KEYS) for scope in inner), default=0)
     further = max((largest(scope, MTP_KEYS) for scope in inner), default=0)

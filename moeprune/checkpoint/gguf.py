@@ -227,7 +227,18 @@ def numbers(entry: Entry) -> list[Any]:
     return list(struct.unpack_from(f"<{length(entry)}{SCALARS[kind]}", entry.raw, 12))
 
 
-def new_header(header: Header, changes: Mapping[str, int], tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
+def with_number(entry: Entry, number: int) -> bytes:
+    """The bytes of the entry with another number in it."""
+    return struct.pack(f"<{SCALARS[entry.type]}", number)
+
+
+def shortened(entry: Entry, count: int) -> bytes:
+    """The bytes of an array of numbers, the first so many of them."""
+    (kind,) = struct.unpack_from("<I", entry.raw)
+    return struct.pack("<IQ", kind, count) + entry.raw[12 : 12 + count * struct.calcsize(SCALARS[kind])]
+
+
+def new_header(header: Header, changes: Mapping[str, bytes], tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
     """The bytes of a header with changed values, padded up to the tensors, and where each tensor begins in the file.
 
     `tensors` are those of the new file, in order; of each, name, dtype, shape and nbytes are used. A key that is not
@@ -235,8 +246,7 @@ def new_header(header: Header, changes: Mapping[str, int], tensors: Sequence[Ten
     """
     parts = [b"GGUF", struct.pack("<IQQ", header.version, len(tensors), len(header.entries))]
     for key, entry in header.entries.items():
-        raw = struct.pack(f"<{SCALARS[entry.type]}", changes[key]) if key in changes else entry.raw
-        parts += [_text(key), struct.pack("<I", entry.type), raw]
+        parts += [_text(key), struct.pack("<I", entry.type), changes.get(key, entry.raw)]
     at, offsets = 0, []
     for tensor in tensors:
         offsets.append(at)

@@ -27,7 +27,7 @@ def counts(config: Mapping[str, Any], name: str) -> int:
 def find_blocks(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[Block]:
     """All blocks, in the order of their layers."""
     experts = counts(config, "expert_count")
-    trunk = counts(config, "block_count") - counts(config, "nextn_predict_layers")
+    trunk = trunk_of(config)
     parts: dict[int, list[Part]] = defaultdict(list)
     for tensor in tensors.values():
         match = LAYER.fullmatch(tensor.name)
@@ -40,6 +40,17 @@ def find_blocks(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> lis
         _check_complete(layer, found, experts)
         blocks.append(Block(f"blk.{layer}", "trunk" if layer < trunk else "mtp", experts, tuple(found)))
     return blocks
+
+
+def trunk_of(config: Mapping[str, Any]) -> int:
+    """How many layers come before those that predict further tokens."""
+    return counts(config, "block_count") - counts(config, "nextn_predict_layers")
+
+
+def mtp_tensors(tensors: Iterable[str], config: Mapping[str, Any]) -> frozenset[str]:
+    """Every tensor of the layers that predict further tokens."""
+    layers = {name: int(match["layer"]) for name in tensors if (match := LAYER.fullmatch(name))}
+    return frozenset(name for name, layer in layers.items() if layer >= trunk_of(config))
 
 
 def _check_complete(layer: int, parts: Iterable[Part], experts: int) -> None:

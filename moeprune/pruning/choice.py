@@ -12,7 +12,7 @@ from moeprune.checkpoint import families, gguf_layout
 from moeprune.checkpoint.families import Block, Layout
 from moeprune.checkpoint.folder import Checkpoint, fingerprint
 from moeprune.console import warn
-from moeprune.errors import InputError, UsageError
+from moeprune.errors import InputError
 from moeprune.planning import decision
 from moeprune.planning.plan import Limits, check_count, make_plan
 from moeprune.pruning.rewrite import Keep, check_groups, check_keep, check_runs
@@ -35,8 +35,6 @@ def gone_tensors(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> 
     """The tensors that --drop-mtp removes."""
     if not settings.drop_mtp:
         return frozenset()
-    if checkpoint.container == "gguf":
-        raise UsageError("--drop-mtp works on safetensors only; make the GGUF file again from a model cut that way")
     gone = families.mtp_tensors(checkpoint, layout)
     if not gone:
         warn("--drop-mtp: the model has no layers that predict further tokens")

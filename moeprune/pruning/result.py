@@ -76,7 +76,7 @@ def plan(settings: Settings, checkpoint: Checkpoint, layout: Layout, choice: Cho
     files: Sequence[writer.NewFile]
     edited: dict[str, dict[str, Any]] = {}
     if checkpoint.container == "gguf":
-        files = gguf_files.new_files(checkpoint, done, choice.count, target.name)
+        files = gguf_files.new_files(checkpoint, done, choice.count, target.name, bool(gone))
     else:
         files, edited = _safetensors(checkpoint, layout, choice, done, gone)
     model = fingerprint(checkpoint)
@@ -111,7 +111,7 @@ def proof(planned: Result, folder: Path) -> Verification:
     """The comparison of what is written to `folder` with the parent."""
     keep = dict(planned.choice.keep)
     if planned.checkpoint.container == "gguf":
-        return GgufVerification(planned.checkpoint.shards, folder, keep)
+        return GgufVerification(planned.checkpoint.shards, folder, keep, planned.gone)
     return Verification(planned.checkpoint.folder, folder, keep, planned.gone)
 
 

@@ -52,15 +52,17 @@ BLOCKS = {
 INTEGERS = {26: "I32", 27: "I64"}
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, LIST = 8, 9
-CHANGED = re.compile(r"split\.tensors\.count|[^.]+\.expert_count")
+COUNTS = ("expert_count", "block_count", "nextn_predict_layers")
 
 
 class GgufVerification(Verification):
     """One comparison of GGUF files; `parent` are the parent's, in order."""
 
-    def __init__(self, parent: Collection[Path], child: Path, keep: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, parent: Collection[Path], child: Path, keep: Mapping[str, tuple[int, ...]], gone: Collection[str] = ()
+    ) -> None:
         self.files = sorted(parent)
-        super().__init__(self.files[0].parent, child, keep, ())
+        super().__init__(self.files[0].parent, child, keep, gone)
 
     def _read_parent(self) -> tuple[dict[str, Any], dict[str, Stored]]:
         pairs: dict[str, bytes] = {}
@@ -69,14 +71,17 @@ class GgufVerification(Verification):
             more, found = _read(file)
             pairs |= {key: value for key, value in more.items() if key not in pairs}
             tensors |= found
-        count = next(value for key, value in pairs.items() if key.endswith(".expert_count"))
-        return {"num_experts": int.from_bytes(count[4:], "little")}, tensors
+        numbers = {key: next((_number(v) for k, v in pairs.items() if k.endswith(f".{key}")), 0) for key in COUNTS}
+        self.layers = numbers["block_count"]
+        self.trunk = self.layers - numbers["nextn_predict_layers"]
+        return {"num_experts": numbers["expert_count"]}, tensors
 
     def _header(self, path: Path) -> File:
         return File(_read(path)[1], {})
 
     def finish(self, _left_behind: Collection[Path] = ()) -> None:
         """Nothing missing, all blocks cut alike, and only the counts among the keys changed."""
+        self._check_gone()
         after: dict[str, Stored] = {}
         files = sorted(self.child.glob("*.gguf"))
         if len(files) != len(self.files):
@@ -88,16 +93,37 @@ class GgufVerification(Verification):
         self._check_present(after)
         self._check_blocks(after)
 
+    def _check_gone(self) -> None:
+        """Only layers behind the trunk may go, and then nothing of them may stay."""
+        behind = {name for name in self.before if (m := re.match(r"blk\.(\d+)\.", name)) and int(m[1]) >= self.trunk}
+        if self.gone and self.gone != behind:
+            name = min(self.gone ^ behind)
+            raise ResultError(f"{name} was {'dropped' if name in self.gone else 'kept'}, unlike the layers it is among")
+
     def _check_pairs(self, path: Path, old: Mapping[str, bytes], new: Mapping[str, bytes]) -> None:
         if list(old) != list(new):
             raise ResultError(f"{path} has other keys than the parent, or in another order")
+        right = {"expert_count": self.count, "tensors.count": len(self.origin)}
+        if self.gone:
+            right |= {"block_count": self.trunk, "nextn_predict_layers": 0}
         for key, value in new.items():
-            if not CHANGED.fullmatch(key) and value != old[key]:
+            section, _, name = key.partition(".")
+            if name in right and section not in ("general", "tokenizer"):
+                if _number(value) != right[name]:
+                    raise ResultError(f"{path}: {key} does not say {right[name]}")
+            elif value != (old[key] if section in ("general", "tokenizer") else self._per_layer(old[key])):
                 raise ResultError(f"{path}: the key {key} has changed")
-            if key.endswith(".expert_count") and int.from_bytes(value[4:], "little") != self.count:
-                raise ResultError(f"{path}: {key} does not say {self.count}")
-            if key == "split.tensors.count" and int.from_bytes(value[4:], "little") != len(self.origin):
-                raise ResultError(f"{path}: {key} does not say {len(self.origin)}")
+
+    def _per_layer(self, value: bytes) -> bytes:
+        """A list of one number for each layer is as long as there are layers; any other value stays."""
+        kind, inner, count = struct.unpack_from("<IIQ", value) if len(value) >= 16 else (0, 0, 0)
+        if not self.gone or kind != LIST or inner == TEXT or count != self.layers:
+            return value
+        return struct.pack("<IIQ", kind, inner, self.trunk) + value[16 : 16 + self.trunk * WIDTHS[inner]]
+
+
+def _number(value: bytes) -> int:
+    return int.from_bytes(value[4:], "little")
 
 
 def _read(path: Path) -> tuple[dict[str, bytes], dict[str, Stored]]:

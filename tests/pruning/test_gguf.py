@@ -11,7 +11,7 @@ import pytest
 
 import prune_model
 from moeprune import metadata
-from moeprune.errors import InputError, ResultError, UsageError
+from moeprune.errors import InputError, ResultError
 from moeprune.pruning.verify_gguf import GgufVerification
 from tests.checkpoint import test_gguf as written
 from tests.pruning import cutting
@@ -142,8 +142,53 @@ def test_scores_of_the_original(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out/tiny-reap-4of8/pruning.json").read_text())
     assert manifest["keep"]["blk.0"] == [0, 1, 2, 3]
     assert manifest["keep"]["blk.2"] == [0, 2, 4, 6]  # it predicts further tokens and was not scored
-    with pytest.raises(UsageError, match="safetensors only"):
-        prune_model.main([*flags, "--other-scores", "--drop-mtp"])
+
+
+HEADS = written.entry("qwen3moe.attention.head_count_kv", written.ARRAY, struct.pack("<IQ3I", written.U32, 3, 2, 4, 8))
+
+
+def test_without_layers_for_further_tokens(tmp_path: Path) -> None:
+    """Their tensors go, and with them what the file says of them; lists of one number for each layer get shorter."""
+    names = list(written.TENSORS)
+    total = written.number("split.tensors.count", len(names))
+    contents = {}
+    for number, part in enumerate((names[:5], names[5:]), start=1):
+        entries = [*([*written.ENTRIES, HEADS] if number == 1 else written.ENTRIES[:1]), total]
+        data, more = written.build(entries, {name: written.TENSORS[name] for name in part})
+        (tmp_path / f"tiny-{number:05d}-of-00002.gguf").write_bytes(data)
+        contents |= more
+    plan = cutting.write_plan(tmp_path / "plan.json", {"blk.0": KEEP["blk.0"], "blk.1": KEEP["blk.1"]})
+    model, out = tmp_path / "tiny-00001-of-00002.gguf", tmp_path / "out"
+    prune_model.main(["--model-path", str(model), "--plan", str(plan), "--output-path", str(out), "--drop-mtp"])
+    files = sorted(out.glob("*/*.gguf"))
+    (first, one), (second, two) = map(read, files)
+    trunk = {name: data for name, data in expected(contents).items() if not name.startswith("blk.2.")}
+    assert one | two == trunk
+    old = read(model)[0]
+    four = struct.Struct("<I").pack
+    counts = {"expert_count": 3, "block_count": 2, "nextn_predict_layers": 0}
+    changed = {f"qwen3moe.{key}": four(value) for key, value in counts.items()}
+    changed |= {"qwen3moe.attention.head_count_kv": four(2) + b"|" + four(4), "split.tensors.count": four(len(trunk))}
+    assert first == old | changed
+    assert second["split.tensors.count"] == four(len(trunk))
+    check_faults_of_dropping(files, tmp_path)
+
+
+def check_faults_of_dropping(files: list[Path], parent: Path) -> None:
+    gone = {name for name in written.TENSORS if name.startswith("blk.2.")}
+    keep = {block: tuple(KEEP[block]) for block in ("blk.0", "blk.1")}
+    parents = sorted(parent.glob("*.gguf"))
+    GgufVerification(parents, files[0].parent, keep, gone).finish()
+    with pytest.raises(ResultError, match=r"blk\.2.*was kept"):
+        GgufVerification(parents, files[0].parent, keep, gone - {"blk.2.attn_q.weight"}).finish()
+    with pytest.raises(ResultError, match=r"blk\.1.*was dropped"):
+        GgufVerification(parents, files[0].parent, keep, gone | {"blk.1.attn_q.weight"}).finish()
+    good = files[0].read_bytes()
+    for key, words in {"block_count": "does not say 2", "attention.head_count_kv": "head_count_kv has changed"}.items():
+        at = good.index(key.encode()) + len(key) + (4 if key == "block_count" else 16)
+        files[0].write_bytes(good[:at] + b"\x07" + good[at + 1 :])
+        with pytest.raises(ResultError, match=words):
+            GgufVerification(parents, files[0].parent, keep, gone).finish()
 
 
 def test_faults_are_found(tmp_path: Path) -> None:
