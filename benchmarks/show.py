@@ -123,6 +123,11 @@ def alone_table(result: Result) -> str:
     return table(["calibrated on", "metric", "its own: KL", "exact %", "the others: KL", "exact %"], rows)
 
 
+def short_alone_table(result: Result) -> str:
+    """The same for REAP as published."""
+    return alone_table({**result, "alone": [row for row in result["alone"] if row["metric"] == "reap"]})
+
+
 def unequal_table(result: Result) -> str:
     """Every blend on domains of unequal size, and equal data beside them."""
     cells = measured_cells(by_ratio(result["unequal"], "data", "metric", "blend"))
@@ -193,6 +198,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "methods": ("methods.json", short_methods_table),
     "scoring modes": ("methods.json", modes_table),
     "calibration on one domain": ("calibration.json", alone_table),
+    "one domain": ("calibration.json", short_alone_table),
     "calibration on unequal domains": ("calibration.json", unequal_table),
     "special tokens": ("special_tokens.json", special_table),
 }
