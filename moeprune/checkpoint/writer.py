@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 
 from moeprune.console import size
 from moeprune.errors import FULL_DISK, InputError, MachineError
-from moeprune.metadata import sync_folder
+from moeprune.metadata import sync
 
 STEP = 16 << 20  # bytes per system call
 BUFFER = 1 << 20  # stays in the processor's cache
@@ -63,9 +64,7 @@ def aligned(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     """The entries, wide types first: readers map tensors in place, and each must start at a multiple of its width."""
 
     def width(entry: Entry) -> float:
-        elements = 1
-        for length in entry.shape:
-            elements *= length
+        elements = math.prod(entry.shape)
         return entry.nbytes / elements if elements else 8
 
     return tuple(sorted(entries, key=lambda entry: -width(entry)))
@@ -265,17 +264,10 @@ def index_text(files: Sequence[NewFile], old: Mapping[str, Any], elements_before
     if "total_parameters" in about:
         counted = about.pop("total_parameters") == elements_before
         if counted:  # quantized checkpoints count otherwise, and then a sum of elements would be wrong
-            about["total_parameters"] = sum(_elements(entry.shape) for entry, _ in entries.values())
+            about["total_parameters"] = sum(math.prod(entry.shape) for entry, _ in entries.values())
     weight_map = {name: file.name for name, (_, file) in sorted(entries.items())}
     rest = {key: value for key, value in old.items() if key not in ("metadata", "weight_map")}
     return json.dumps({"metadata": about, **rest, "weight_map": weight_map}, indent=2, ensure_ascii=False) + "\n"
-
-
-def _elements(shape: Iterable[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def check_room(target: Path, needed: int) -> None:
@@ -345,24 +337,20 @@ def start_syncing(path: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with explained(path):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+    with explained(path):
+        sync(path)
 
 
 def publish(folder: Path, target: Path) -> None:
     """Give a finished, synced folder its name; a result that it replaces is removed after that."""
     for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync_folder(inner)
+        sync(inner)
     replaced = target.with_name(target.name + ".replaced")
     if replaced.exists():
         shutil.rmtree(replaced)
     if target.exists():
         target.rename(replaced)
     folder.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
     if replaced.exists():
         shutil.rmtree(replaced)

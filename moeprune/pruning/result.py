@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ def write_small_files(planned: Result, folder: Path) -> None:
         original = (checkpoint.folder / name).read_text(encoding="utf-8")
         writer.write_text(folder / name, json_like(original, data))
     if checkpoint.index is not None:
-        elements = sum(rewrite.elements(action.tensor.shape) for action in planned.actions)
+        elements = sum(math.prod(action.tensor.shape) for action in planned.actions)
         writer.write_text(folder / writer.INDEX, writer.index_text(planned.files, checkpoint.index, elements))
     if planned.choice.source.name == FILES[SCORES]:
         writer.copy_side_file(planned.choice.source, folder / FILES[SCORES])

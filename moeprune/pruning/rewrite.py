@@ -184,11 +184,6 @@ def check_runs(blocks: Sequence[Block], keep: Keep, run: int) -> None:
                 raise UsageError(f"{block.name}: experts {first} to {first + run - 1} share a tensor; keep all or none")
 
 
-def elements(shape: Iterable[int]) -> int:
-    """How many numbers a tensor of this shape holds."""
-    return math.prod(shape)
-
-
 def counts(done: Iterable[Action]) -> dict[str, int]:
     """How many tensors each kind of action concerns; kinds that always exist are listed although zero."""
     found = Counter(action.kind for action in done)

@@ -20,7 +20,7 @@ from moeprune.pruning import evidence, four_bit
 from moeprune.pruning.evidence import File, Reader, Stored
 
 VISION = ".vision"  # the block of image experts that share a layer with those for text
-MTP_KEYS = re.compile(r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers|num_mtp_modules|mtp_num_layers")
+MTP_KEYS = re.compile(r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers|num_mtp_modules")
 # Parts of names that say that a tensor has a row for every expert, in safetensors and in GGUF.
 ROUTER_WORDS = {"router", "gate", "expert_bias", "e_score_correction_bias", "router_bias"}
 ROUTER_WORDS |= {

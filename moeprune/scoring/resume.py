@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moeprune import console
-from moeprune.metadata import sync_folder, write_json
+from moeprune.metadata import sync, write_json
 
 SHARE = 0.03  # of the time may go into saving; a layer that took less is not saved
 FIRST_SAVE_S = 0.5  # assumed cost of the first save, before one was measured
@@ -96,7 +96,7 @@ class SavedState:
         assert self._writing is not None
         begun = time.monotonic()
         save(self.collect(), self._writing / "sums.pt")
-        sync_folder(self._writing)
+        sync(self._writing)
         state = {"fingerprint": self.fingerprint, "layer": layer, "data": self._writing.name}
         write_json(self.folder / "state.json", state)
         self._data, self._writing = self._writing, None

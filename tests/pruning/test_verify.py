@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from moeprune.checkpoint import families
 from moeprune.errors import ResultError
 from moeprune.pruning import verify
 from tests import tiny
@@ -180,6 +181,10 @@ def test_it_shares_no_code_with_what_it_checks() -> None:
     ours = {"evidence", "four_bit", "verify", "evidence.Reader", "evidence.Stored", "verify.Verification"}
     ours |= {"evidence.File"}
     assert found <= {"moeprune.errors.ResultError", *(f"moeprune.pruning.{name}" for name in ours)}
+
+
+def test_both_sides_name_the_same_keys_of_further_layers() -> None:
+    assert set(verify.MTP_KEYS.pattern.split("|")) == set(families.MTP_KEYS)
 
 
 def test_another_plan(good) -> None:

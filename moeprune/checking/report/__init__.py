@@ -12,7 +12,7 @@ from typing import Any
 from moeprune import metadata
 from moeprune.checking.report import after, before
 from moeprune.checking.report.markup import Html, join, tag
-from moeprune.metadata import sync_folder
+from moeprune.metadata import sync
 from moeprune.results import CUT, FILES, PREVIEW, SCORES, VERDICT
 
 NAME = "report.html"
@@ -37,7 +37,7 @@ def write(output_path: Path) -> Path | None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(target)
-    sync_folder(output_path)
+    sync(output_path)
     return target
 
 
