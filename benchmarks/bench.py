@@ -30,8 +30,8 @@ sys.path[:0] = [str(ROOT), str(DEMO)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from corpus import draw, identity  # noqa: E402
 from domains import Sample  # noqa: E402
-from train import draw, identity  # noqa: E402
 
 from moeprune.checking import fidelity, samples, subject  # noqa: E402
 from moeprune.checkpoint.families import understand  # noqa: E402

@@ -4,29 +4,14 @@ A generator takes a random number generator and returns one sample. A sample's f
 of running text have an empty answer: nothing can be checked there but how well the model predicts the text.
 """
 
-# ruff: noqa: SIM905 - lists of words are easier to read without quotes
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 
 from facts import all_facts
-
-NAMES = "Anna Tom Mia Ben Eva Max Lea Sam Ida Jan Zoe Leo".split()
-CITIES = "Paris Rome London Berlin Madrid Vienna Oslo Dublin Tokyo Cairo Lima Moscow".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-OBJECTS = "ball key coin book ring cup hat pen".split()
-PLACES = "box bag drawer garden kitchen car shed tower".split()
-WORDS = "red cat sun dog map tea sky ice oak bee fog gem".split()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and the one right continuation, or running text with an empty answer."""
-
-    prompt: str
-    answer: str = ""
+from notations import binary, number_formats, roman_numerals
+from running_text import fairy_tale, python_source, server_log, weather_report
+from words import ADJECTIVES, CITIES, DAYS, MONTHS, NAMES, NOUNS, OBJECTS, PLACES, VERBS, WORDS, Sample
 
 
 def calculation(a: int, sign: str, word: str, b: int, answer: str, *, rng: Random) -> Sample:
@@ -81,29 +66,6 @@ def reversing(rng: Random) -> Sample:
 
 
 # English and the invented language Velan: the verb comes first, the adjective follows its noun.
-NOUNS = dict(
-    zip(
-        "dog cat bird fish king queen child horse wolf tree house river".split(),
-        "mopa liru tavi sone kado reli pimu hasa voru teko dumi nalo".split(),
-        strict=True,
-    )
-)
-ADJECTIVES = dict(
-    zip(
-        "big small old young red white happy sad quick strong".split(),
-        "gorun pitin vetal junel rokan balin felis tromu zipan durek".split(),
-        strict=True,
-    )
-)
-VERBS = dict(
-    zip(
-        "sees likes hears finds follows helps feeds knows".split(),
-        "vide lube aude trove sege jude pase kone".split(),
-        strict=True,
-    )
-)
-
-
 def bilingual_sentence(rng: Random) -> tuple[str, str]:
     """Return the same sentence in English and in Velan."""
     english, velan = [], []
@@ -226,135 +188,6 @@ def dates(rng: Random) -> Sample:
         ]
     )
     return Sample(prompt, f" {answer}")
-
-
-ROMAN = [
-    (900, "CM"),
-    (500, "D"),
-    (400, "CD"),
-    (100, "C"),
-    (90, "XC"),
-    (50, "L"),
-    (40, "XL"),
-    (10, "X"),
-    (9, "IX"),
-    (5, "V"),
-    (4, "IV"),
-    (1, "I"),
-]
-
-
-def to_roman(value: int) -> str:
-    """Write a number below 1000 as a Roman numeral."""
-    text = ""
-    for worth, letters in ROMAN:
-        text += letters * (value // worth)
-        value %= worth
-    return text
-
-
-def roman_numerals(rng: Random) -> Sample:
-    """`47 in Roman numerals:` -> ` XLVII` and back."""
-    value = rng.randrange(1, 1000)
-    if rng.random() < 0.5:
-        return Sample(f"{value} in Roman numerals:", f" {to_roman(value)}")
-    return Sample(f"{to_roman(value)} as a number:", f" {value}")
-
-
-def binary(rng: Random) -> Sample:
-    """Between hexadecimal and binary: `0xa3 in binary:` -> ` 10100011`."""
-    digits = [rng.choice("0123456789abcdef") for _ in range(rng.randint(2, 4))]
-    bits = "".join(f"{int(digit, 16):04b}" for digit in digits)
-    hexadecimal = "0x" + "".join(digits)
-    if rng.random() < 0.5:
-        return Sample(f"{hexadecimal} in binary:", f" {bits}")
-    return Sample(f"{bits} in hex:", f" {hexadecimal}")
-
-
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def in_words(value: int) -> str:
-    """Write a number below 1000 in words."""
-    if value >= 100:
-        rest = f" and {in_words(value % 100)}" if value % 100 else ""
-        return f"{UNITS[value // 100]} hundred{rest}"
-    if value < 20:
-        return UNITS[value]
-    return TENS[value // 10 - 2] + (f"-{UNITS[value % 10]}" if value % 10 else "")
-
-
-def number_formats(rng: Random) -> Sample:
-    """Numbers in words, with thousands separators, as percentages."""
-    value, percent = rng.randrange(1000), rng.randrange(1, 100)
-    large = rng.randrange(1000, 10 ** rng.randint(4, 6))
-    prompt, answer = rng.choice(
-        [
-            (f"{value} in words:", in_words(value)),
-            (f"{in_words(value)} in digits:", str(value)),
-            (f"{large} with a separator:", f"{large:,}"),
-            (f"0.{percent:02d} in percent:", f"{percent}%"),
-        ]
-    )
-    return Sample(prompt, f" {answer}")
-
-
-def weather_report(rng: Random) -> Sample:
-    """Running text: the weather of a few days."""
-    sky = ["sunny", "cloudy", "rainy", "windy", "foggy", "cold"]
-    start = rng.randrange(7)
-    sentences = [f"Weather for {rng.choice(CITIES)}."]
-    for step in range(rng.randint(2, 3)):
-        day, low = DAYS[(start + step) % 7], rng.randrange(20)
-        sentences.append(f"{day} will be {rng.choice(sky)} with {low} to {low + rng.randint(3, 9)} degrees.")
-    return Sample(" ".join(sentences))
-
-
-def fairy_tale(rng: Random) -> Sample:
-    """Running text: a very small story."""
-    hero, friend = rng.sample(list(NOUNS)[:9], 2)
-    place, adjective = rng.choice(["forest", "village", "castle", "valley"]), rng.choice(list(ADJECTIVES))
-    wish = rng.choice(["gold", "bread", "a friend", "a song"])
-    return Sample(
-        f"Once upon a time a {adjective} {hero} lived in a {place}. The {hero} wanted {wish}. One day the "
-        f"{hero} met a {friend}. The {friend} gave {wish} to the {hero}, and they were happy."
-    )
-
-
-def server_log(rng: Random) -> Sample:
-    """Running text: lines of a log file with rising times."""
-    lines, second = [], rng.randrange(30)
-    for _ in range(rng.randint(2, 3)):
-        second += rng.randint(1, 9)
-        event = rng.choice(
-            [
-                f"user {rng.choice(NAMES)} logged in",
-                f"GET /{rng.choice(WORDS)} 200",
-                f"disk at {rng.randrange(100)}%",
-                f"GET /{rng.choice(WORDS)} 404",
-            ]
-        )
-        lines.append(f"12:30:{second:02d} {'WARN' if '404' in event or 'disk' in event else 'INFO'} {event}")
-    return Sample("\n".join(lines))
-
-
-def python_source(rng: Random) -> Sample:
-    """Running text: a small Python function."""
-    name, item = rng.choice(["total", "largest", "count", "found"]), rng.choice(["x", "item", "value"])
-    source = rng.choice(["items", "values", "numbers"])
-    body = {
-        "total": f"{name} += {item}",
-        "count": f"{name} += 1",
-        "largest": f"{name} = max({name}, {item})",
-        "found": f"{name} = {name} or {item} == {rng.randrange(10)}",
-    }[name]
-    return Sample(
-        f"def get_{name}({source}):\n    {name} = 0\n    for {item} in {source}:\n        {body}\n    return {name}\n"
-    )
 
 
 DOMAINS: dict[str, Callable[[Random], Sample]] = {
