@@ -22,7 +22,9 @@ from moeprune.metadata import read_json
 
 Settings = Mapping[str, Any]
 HF_QUANT_CONFIG = Path("hf_quant_config.json")  # modelopt's own copy of the settings
-NAME_LISTS = (HF_QUANT_CONFIG, Path("quantized_layers_manifest.json"))  # side files that name modules
+# Side files that name modules: NVIDIA's; AutoRound's and GPTQModel's own copies of the settings.
+NVIDIA_LISTS = (HF_QUANT_CONFIG, Path("quantized_layers_manifest.json"))
+NAME_LISTS = (*NVIDIA_LISTS, Path("quantization_config.json"), Path("quantize_config.json"), Path("quant_config.json"))
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ FORMATS = (
     Format("nvfp4", "compressed-tensors NVFP4", _compressed("nvfp4-pack-quantized")),
     Format("mxfp4_ct", "compressed-tensors MXFP4", _compressed("mxfp4-pack-quantized")),
     Format("ct_int4", "compressed-tensors INT4 and INT8, packed", _compressed("pack-quantized")),
-    Format("ct_fp8", "compressed-tensors FP8", _compressed("float-quantized", "naive-quantized")),
+    Format("ct_fp8", "compressed-tensors FP8", _compressed("float-quantized", "naive-quantized", "mxfp8-quantized")),
     Format("ct_int8", "compressed-tensors INT8", _compressed("int-quantized")),
     Format("modelopt_nvfp4", "modelopt NVFP4, also mixed with FP8", _modelopt("FP4")),
     Format("modelopt_fp8", "modelopt FP8", _modelopt("FP8")),
@@ -74,6 +76,7 @@ FORMATS = (
     Format("awq", "AWQ", _method("awq")),
     Format("gptq", "GPTQ and GPTQModel", _method("gptq", "gptqmodel")),
     Format("auto_round", "AutoRound", _method("auto-round", "auto_round", "intel/auto-round")),
+    Format("quark", "AMD Quark: FP8 and MXFP4", _method("quark")),
     Format("bitsandbytes", "bitsandbytes 4-bit and 8-bit", _method("bitsandbytes")),
     Format("torchao", "torchao", _method("torchao")),
     Format(
@@ -82,6 +85,13 @@ FORMATS = (
         lambda settings: {"bits", "group_size"} <= {*settings} and "quant_method" not in settings,
     ),
 )
+# What is known and left alone, and why.
+REFUSED = {
+    "hqq": "transformers 5 cannot load such a checkpoint again",
+    "quanto": "transformers 5 neither writes nor loads such a checkpoint",
+    "aqlm": "its weights are sums of codebook entries that this tool cannot decode",
+    "vptq": "its weights are indices into codebooks that this tool cannot decode",
+}
 PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 
 
@@ -109,6 +119,12 @@ def format_of(checkpoint: Checkpoint) -> str:
             sizes[tensor.dtype] += tensor.nbytes
         dtype = sizes.most_common(1)[0][0] if sizes else "F32"
         return PLAIN.get(dtype, dtype.lower())
+    method = str(settings.get("quant_method", "")).lower()
+    if method in REFUSED:
+        raise InputError(
+            f"{checkpoint.folder} is quantized by {method}, which is refused: {REFUSED[method]}. Cut the original "
+            "checkpoint and quantize the result"
+        )
     found = next((entry.name for entry in FORMATS if entry.recognise(settings)), "")
     if not found:
         what = f"{settings.get('quant_method', 'an unnamed method')} (format {settings.get('format', 'not given')})"

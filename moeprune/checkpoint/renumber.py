@@ -18,7 +18,7 @@ from typing import Any
 
 from moeprune.checkpoint.families import Layout, new_name
 from moeprune.checkpoint.folder import Checkpoint
-from moeprune.checkpoint.formats import NAME_LISTS, quantization_of
+from moeprune.checkpoint.formats import NAME_LISTS, NVIDIA_LISTS, quantization_of
 from moeprune.checkpoint.structure import EXPERT
 from moeprune.errors import InputError
 from moeprune.metadata import read_json
@@ -92,7 +92,7 @@ class Renumbering:
         for path in NAME_LISTS:
             if path in self.checkpoint.side_files:
                 before = read_json(self.checkpoint.folder / path, f"the list of modules {path}")
-                if (after := self.names_in(before, globs=True)) != before:
+                if (after := self.names_in(before, globs=self.globs or path in NVIDIA_LISTS)) != before:
                     changed[path.as_posix()] = after
         return changed
 
@@ -107,12 +107,41 @@ class Renumbering:
                 new: self.names_in(item, globs) for key, item in value.items() for new in self.entry(str(key), globs)
             }
         if isinstance(value, list):
+            in_every_layer = self._in_every_layer([item for item in value if isinstance(item, str)])
             return [
                 new
                 for item in value
-                for new in (self.entry(item, globs) if isinstance(item, str) else [self.names_in(item, globs)])
+                for new in (
+                    in_every_layer[item]
+                    if isinstance(item, str) and item in in_every_layer
+                    else self.entry(item, globs)
+                    if isinstance(item, str)
+                    else [self.names_in(item, globs)]
+                )
             ]
         return value
+
+    def _in_every_layer(self, items: Sequence[str]) -> dict[str, list[str]]:
+        """Names without a layer (`mlp.experts.0.up_proj`), which GPTQ lists for all layers alike, all experts or none.
+
+        The highest numbers go, whatever other numbers a layer's own experts get.
+        """
+        runs: dict[str, dict[int, str]] = defaultdict(dict)
+        for item in items:
+            match = NUMBERED.search(item)
+            if match and item not in self.names.new and item in self.inside_layers:
+                number = re.search(r"\d+", match[0])
+                assert number is not None
+                start = match.start() + number.start()
+                runs[f"{item[:start]}#{item[start + len(number[0]) :]}"][int(number[0])] = item
+        kept = {len(ids) for ids in self.keep.values()}
+        whole = [run for run in runs.values() if sorted(run) == [*range(self.layout.experts)] and len(kept) == 1]
+        return {item: [item] if number < min(kept) else [] for run in whole for number, item in run.items()}
+
+    @cached_property
+    def inside_layers(self) -> frozenset[str]:
+        """What follows the layer's number in the names of single experts."""
+        return frozenset(re.sub(r"^.*?\.\d+\.", "", name) for name in self.names.new)
 
     def entry(self, text: str, globs: bool) -> list[str]:
         """What one entry becomes: itself, one new name, several, or nothing."""

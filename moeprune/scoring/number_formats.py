@@ -149,6 +149,9 @@ def _awq(stored: Stored, quantization: Quantization) -> torch.Tensor:
 def _gptq(stored: Stored, quantization: Quantization) -> torch.Tensor:
     tensors = stored["qweight"], stored["qzeros"], stored["scales"], stored.get("g_idx")
     first = quantization.get("checkpoint_format", "gptq") != "gptq_v2"
+    if "round" in str(quantization.get("quant_method", "")).lower():  # AutoRound's own layout: zero points as they are
+        layout = str(quantization.get("packing_format") or quantization.get("backend") or "")
+        first = "gptq" in layout and "gptqmodel" not in layout
     return unpack.gptq(*tensors, bits=_bits(stored), first_version=first, group=_group(quantization))
 
 

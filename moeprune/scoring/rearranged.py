@@ -23,7 +23,12 @@ MLX_STACK = re.compile(
 )
 # unsloth makes a linear layer of each expert of gpt-oss.
 UNSLOTH = re.compile(r"(?P<module>.*\.experts\.)(?P<matrix>gate_up|down)_projs\.(?P<id>\d+)\.(?P<kind>weight|bias)")
+NAMES = {"fc1": "up_proj", "fc2": "down_proj"}
 W123 = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+DENSE = re.compile(r"(.*\.feed_forward\.)((?:gate|up|down)_proj)\.weight")  # of LFM2, whose names MLX changes too
+# MLX turns convolutions, and with them adds to these norms the one that these families add when they run.
+SHIFTED = re.compile(r"qwen3_next|qwen3_5_moe")
+NORMS = re.compile(r"(\.(input|post_attention)_layernorm|(^|\.)model\.norm|\.[qk]_norm)\.weight")
 
 
 def rearranged(recipes: Recipes, checkpoint: Checkpoint) -> dict[str, Recipe]:
@@ -81,19 +86,63 @@ def _unsloth(recipes: Recipes, _checkpoint: Checkpoint) -> Recipes:
 
 
 def _mlx_stacks(recipes: Recipes, checkpoint: Checkpoint) -> Recipes:
-    """One recipe for each expert of a stack."""
-    result = {}
+    """One recipe for each expert of a stack; granite keeps them stacked, with gate and up in one."""
+    result = dict(recipes)
+    model_type = str(checkpoint.config.get("model_type", ""))
+    granite, lfm2 = model_type.startswith("granitemoe"), model_type.startswith("lfm2")
     for name, recipe in recipes.items():
+        if lfm2 and (dense := DENSE.fullmatch(name)):
+            result[f"{dense[1]}{W123[dense[2]]}.weight"] = result.pop(name)
         match = MLX_STACK.fullmatch(name)
         if match is None:
-            result[name] = recipe
             continue
-        matrix = match["matrix"]
-        if match["module"].endswith("block_sparse_moe."):
-            matrix = W123[matrix]
-        for expert in range(checkpoint.tensors[next(iter(recipe.sources.values()))].shape[0]):
-            result[f"{match['module']}experts.{expert}.{matrix}.{match['kind']}"] = row(recipe, expert)
+        del result[name]
+        module, matrix, kind = match["module"], match["matrix"], match["kind"]
+        if granite:
+            up = recipes[name.replace(".gate_proj.", ".up_proj.")]
+            if matrix != "up_proj":
+                which = "input" if matrix == "gate_proj" else "output"
+                own = together([recipe, up], lambda pair: torch.cat(pair, dim=1)) if which == "input" else recipe
+                result[f"{module}{which}_linear.{kind}"] = own
+            continue
+        matrix = (W123 if module.endswith("block_sparse_moe.") or lfm2 else NAMES).get(matrix, matrix)
+        for expert in range(_axes(recipe, checkpoint)[0]):
+            result[f"{module}experts.{expert}.{matrix}.{kind}"] = row(recipe, expert)
     return result
 
 
-RULES: tuple[Rule, ...] = (_unsloth, _mlx_gpt_oss, _mlx_stacks)
+def _mlx_attention(recipes: Recipes, _checkpoint: Checkpoint) -> Recipes:
+    """Latent attention: keys and values apart for each head [A, R, K] and [A, V, R]; one matrix [A (K + V), R]."""
+    result = dict(recipes)
+    for name in recipes:
+        stem = name.removesuffix("embed_q.weight")
+        if name != stem and f"{stem}unembed_out.weight" in recipes:
+            parts = [result.pop(name), result.pop(f"{stem}unembed_out.weight")]
+            result[f"{stem}kv_b_proj.weight"] = together(parts, _keys_and_values)
+    return result
+
+
+def _keys_and_values(parts: list[torch.Tensor]) -> torch.Tensor:
+    keys_ARK, values_AVR = parts
+    return torch.cat([keys_ARK.mT, values_AVR], dim=1).flatten(0, 1)
+
+
+def _mlx_convolutions(recipes: Recipes, checkpoint: Checkpoint) -> Recipes:
+    """[C, K, 1] becomes [C, 1, K]; norms that were shifted along with them are shifted back."""
+    result = dict(recipes)
+    turned = [name for name, recipe in recipes.items() if re.search(r"\bconv(1d)?\.weight$", name)]
+    turned = [name for name in turned if len(axes := _axes(recipes[name], checkpoint)) == 3 and axes[2] == 1 < axes[1]]
+    for name in turned:
+        result[name] = changed(recipes[name], lambda weight_CK1: weight_CK1.mT)
+    if turned and SHIFTED.match(str(checkpoint.config.get("model_type", ""))):
+        for name in filter(NORMS.search, recipes):
+            result[name] = changed(recipes[name], lambda gain: (gain.float() - 1).to(gain.dtype))
+    return result
+
+
+def _axes(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The shape of what a recipe begins with."""
+    return checkpoint.tensors[next(iter(recipe.sources.values()))].shape
+
+
+RULES: tuple[Rule, ...] = (_unsloth, _mlx_gpt_oss, _mlx_stacks, _mlx_attention, _mlx_convolutions)

@@ -52,6 +52,7 @@ WRITTEN = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
     "auto_round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
+    "quark": {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}}},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
     "mlx": {"bits": 4, "group_size": 64, "mode": "affine", "model.layers.0.mlp.gate": {"bits": 8, "group_size": 64}},
@@ -86,7 +87,7 @@ def test_settings_are_found_in_a_part_of_the_config_and_beside_it(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"quant_method": "hqq", "bits": 4, "group_size": 64}, {"quant_method": "compressed-tensors", "format": "new"}],
+    [*({"quant_method": name} for name in formats.REFUSED), {"quant_method": "compressed-tensors", "format": "odd"}],
 )
 def test_an_unknown_format_is_refused(tmp_path, settings):
     with pytest.raises(InputError, match=settings["quant_method"]):
