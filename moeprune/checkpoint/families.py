@@ -160,6 +160,7 @@ def _understand_gguf(checkpoint: Checkpoint) -> Layout:
         top_groups=min(gguf_layout.counts(config, "expert_group_used_count") or groups, groups),
         blocks=tuple(blocks),
         count_keys=((f"{architecture}.expert_count",),),
+        run=max(part.share for block in blocks for part in block.parts),
     )
 
 

@@ -13,6 +13,7 @@ from moeprune.errors import InputError
 
 LAYER = re.compile(r"(?P<block>blk\.(?P<layer>\d{1,6}))\.(?P<rest>.+)")
 STACKED = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale|input_scale)")
+SHARED_BY_RUN = re.compile(r"ffn_(gate|up|down)_chexps\.(weight|scale)")  # GroveMoE: one for so many neighbours
 ROUTER = re.compile(r"(ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)")
 IDS = "ffn_gate_tid2eid.weight"
 NOT_PER_EXPERT = re.compile(r"shexp|ffn_norm_exps|ffn_gate_inp\.scale")
@@ -31,7 +32,7 @@ def find_blocks(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> lis
     parts: dict[int, list[Part]] = defaultdict(list)
     for tensor in tensors.values():
         match = LAYER.fullmatch(tensor.name)
-        if match and (part := _part(tensor, match["rest"], experts)):
+        if match and (part := _part(tensor, match["rest"], config)):
             parts[int(match["layer"])].append(part)
     blocks = []
     for layer, found in sorted(parts.items()):
@@ -65,12 +66,17 @@ def _check_complete(layer: int, parts: Iterable[Part], experts: int) -> None:
             raise InputError(f"blk.{layer}.ffn_{kind}: expert {wrong} of {experts} is missing or one too many")
 
 
-def _part(tensor: Tensor, rest: str, experts: int) -> Part | None:
+def _part(tensor: Tensor, rest: str, config: Mapping[str, Any]) -> Part | None:
     """What a tensor of a layer has to do with experts."""
+    experts, run = counts(config, "expert_count"), counts(config, "experts_per_group")
     if match := OLD_GGUF.fullmatch(tensor.name):
         return Part(tensor.name, "expert", int(match["id"]))
     if rest == IDS:
         return Part(tensor.name, "ids", router=True)
+    if SHARED_BY_RUN.fullmatch(rest):
+        if tensor.shape[0] * run != experts:
+            raise InputError(f"{tensor.name} has {tensor.shape[0]} rows; {experts} experts in runs of {run} are wrong")
+        return Part(tensor.name, "rows", share=run)
     router = ROUTER.fullmatch(rest) is not None
     if router or STACKED.fullmatch(rest):
         if tensor.shape[:1] != (experts,):

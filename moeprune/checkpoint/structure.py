@@ -60,7 +60,7 @@ class Part:
     rows_per_expert: int = 1  # kind rows: flat layouts [E*F, H]
     tail: int = 0  # kind rows: rows behind the experts' own that always stay, last
     router: bool = False
-    share: int = 1  # kind expert: the tensor serves this many neighbours, and its number counts such runs
+    share: int = 1  # kinds expert, rows: tensor or row serve this many neighbours, and numbers count such runs
     shift: int = 0  # kind expert: its number on disk starts behind this many times all experts that stay
     blocks: tuple[str, ...] = ()  # kind rows: the leading axis runs over these blocks, each with its own keep-list
 

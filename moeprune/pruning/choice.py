@@ -158,5 +158,5 @@ def bytes_per_expert(checkpoint: Checkpoint, block: Block) -> int:
         if part.kind == "expert":
             total += tensor.nbytes
         elif part.kind == "rows":
-            total += tensor.nbytes // tensor.shape[part.axis] * part.rows_per_expert * block.experts
+            total += tensor.nbytes // tensor.shape[part.axis] * part.rows_per_expert * block.experts // part.share
     return total // block.experts

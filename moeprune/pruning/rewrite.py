@@ -101,8 +101,9 @@ def _of_part(checkpoint: Checkpoint, tensor: Tensor, block: Block, part: Part, a
 
 def _slice(tensor: Tensor, block: Block, part: Part, lists: Sequence[tuple[int, ...]]) -> Action:
     """Rows along the part's axis; with several keep-lists, the axis before it has one row for each list."""
-    length = tensor.shape[part.axis]
-    if length != block.experts * part.rows_per_expert + part.tail:
+    length, experts = tensor.shape[part.axis], block.experts // part.share
+    lists = [tuple(dict.fromkeys(expert // part.share for expert in keep)) for keep in lists]
+    if length != experts * part.rows_per_expert + part.tail:
         raise InputError(
             f"{tensor.name} has the shape {list(tensor.shape)}, which does not hold {block.experts} experts"
         )
@@ -113,7 +114,7 @@ def _slice(tensor: Tensor, block: Block, part: Part, lists: Sequence[tuple[int, 
     pieces = [
         (i * length + start, i * length + end)
         for i, keep in enumerate(lists)
-        for start, end in _rows(keep, part.rows_per_expert, block.experts, part.tail)
+        for start, end in _rows(keep, part.rows_per_expert, experts, part.tail)
     ]
     kept = len(lists[0]) * part.rows_per_expert + part.tail
     shape = (*tensor.shape[: part.axis], kept, *tensor.shape[part.axis + 1 :])

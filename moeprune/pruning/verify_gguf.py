@@ -52,6 +52,7 @@ BLOCKS = {
 INTEGERS = {26: "I32", 27: "I64"}
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, LIST = 8, 9
+CHUNK = "_chexps."
 COUNTS = ("expert_count", "block_count", "nextn_predict_layers")
 
 
@@ -92,6 +93,23 @@ class GgufVerification(Verification):
             self._check_pairs(new, _read(old)[0], pairs)
         self._check_present(after)
         self._check_blocks(after)
+        self._check_chunks(after)
+
+    def _expected_rows(self, name: str, before: Stored, after: Stored, block: str) -> tuple[int, list[int]]:
+        """GroveMoE: a row for each run of neighbours, which stay or go together."""
+        if CHUNK not in name or not block:
+            return super()._expected_rows(name, before, after, block)
+        run, keep = self.experts[block] // before.shape[0], self.keep[block]
+        rows = [expert // run for expert in keep[::run]]
+        if [row * run + i for row in rows for i in range(run)] != list(keep) or len(rows) != after.shape[0]:
+            raise ResultError(f"{name} has {after.shape[0]} rows, which are not those of the kept experts")
+        return 0, rows
+
+    def _check_chunks(self, after: Mapping[str, Stored]) -> None:
+        for name in (name for name in self.origin if CHUNK in name):
+            run = self.experts[self.block_of[self.origin[name]]] // self.before[self.origin[name]].shape[0]
+            if after[name].shape[0] * run != self.count:
+                raise ResultError(f"{name} has {after[name].shape[0]} rows for {self.count} experts in runs of {run}")
 
     def _check_gone(self) -> None:
         """Only layers behind the trunk may go, and then nothing of them may stay."""

@@ -11,7 +11,7 @@ import pytest
 
 import prune_model
 from moeprune import metadata
-from moeprune.errors import InputError, ResultError
+from moeprune.errors import InputError, ResultError, UsageError
 from moeprune.pruning.verify_gguf import GgufVerification
 from tests.checkpoint import test_gguf as written
 from tests.pruning import cutting
@@ -58,19 +58,19 @@ def read(path: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
     return pairs, tensors
 
 
-def expected(contents: dict[str, bytes]) -> dict[str, bytes]:
+def expected(contents: dict[str, bytes], keep: dict[str, list[int]] = KEEP) -> dict[str, bytes]:
     """The rows of the experts that stay."""
     result = {}
     for name, data in contents.items():
         block = ".".join(name.split(".")[:2])
         of_experts = any(word in name for word in ("exps", "ffn_gate_inp", "exp_probs_b"))
         rows = np.frombuffer(data, np.uint8).reshape(8, -1) if of_experts else None
-        result[name] = data if rows is None else rows[KEEP[block]].tobytes()
+        result[name] = data if rows is None else rows[keep[block]].tobytes()
     return result
 
 
-def cut(model: Path, tmp_path: Path, *flags: str) -> Path:
-    plan = cutting.write_plan(tmp_path / "plan.json", KEEP)
+def cut(model: Path, tmp_path: Path, *flags: str, keep: dict[str, list[int]] = KEEP) -> Path:
+    plan = cutting.write_plan(tmp_path / "plan.json", keep)
     prune_model.main(["--model-path", str(model), "--plan", str(plan), "--output-path", str(tmp_path / "out"), *flags])
     return next((tmp_path / "out").iterdir())
 
@@ -142,6 +142,29 @@ def test_scores_of_the_original(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out/tiny-reap-4of8/pruning.json").read_text())
     assert manifest["keep"]["blk.0"] == [0, 1, 2, 3]
     assert manifest["keep"]["blk.2"] == [0, 2, 4, 6]  # it predicts further tokens and was not scored
+
+
+def test_rows_for_runs_of_neighbours(tmp_path: Path) -> None:
+    """GroveMoE: two neighbours share a row of three further tensors, and stay or go together."""
+    further = {f"blk.{i}.ffn_{kind}_chexps.weight": ("Q8_0", [64, 4, 4]) for i in range(3) for kind in ("up", "down")}
+    entries = [*written.ENTRIES, written.number("qwen3moe.experts_per_group", 2)]
+    data, contents = written.build(entries, written.TENSORS | further)
+    (tmp_path / "grove.gguf").write_bytes(data)
+    keep = {"blk.0": [0, 1, 4, 5], "blk.1": [2, 3, 6, 7], "blk.2": [4, 5, 6, 7]}
+    child = cut(tmp_path / "grove.gguf", tmp_path, keep=keep)
+    pairs, found = read(next(child.glob("*.gguf")))
+    assert pairs["qwen3moe.experts_per_group"] == struct.pack("<I", 2)
+    assert found == expected({n: d for n, d in contents.items() if n not in further}, keep) | {
+        name: np.frombuffer(contents[name], np.uint8).reshape(4, -1)[[e // 2 for e in keep[name[:5]][::2]]].tobytes()
+        for name in further
+    }
+    with pytest.raises(UsageError, match=r"experts 0 to 1 share a tensor"):
+        cut(tmp_path / "grove.gguf", tmp_path, keep=keep | {"blk.0": [0, 2, 4, 5]})
+    proof = GgufVerification([tmp_path / "grove.gguf"], child, {b: tuple(ids) for b, ids in keep.items()})
+    proof.finish()
+    with pytest.raises(ResultError, match=r"blk\.0.*not those of the kept|does not hold the values"):
+        wrong = {b: tuple(ids) for b, ids in (keep | {"blk.0": [0, 1, 2, 3]}).items()}
+        GgufVerification([tmp_path / "grove.gguf"], child, wrong).file(next(child.glob("*.gguf")), lambda: None)
 
 
 HEADS = written.entry("qwen3moe.attention.head_count_kv", written.ARRAY, struct.pack("<IQ3I", written.U32, 3, 2, 4, 8))
