@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import VERSION, metadata
+from moeprune.checking.builtin import BUILTIN
 from moeprune.checkpoint import folder as checkpoints
 from moeprune.errors import InputError
 from moeprune.results import CUT, FILES, SCORES, is_model, newest_model
@@ -38,6 +39,7 @@ def find(settings: Settings) -> Case:
         raise InputError(
             f"no pruned model at {pruned}; run ./run.sh prune first, or name a folder with --pruned-output-path"
         )
+    checkpoints.check_outside(pruned, settings.output_path)
     recipes = [_recipe(pruned / FILES[kind], kind) for kind in RECIPES]
     keep = next((found for recipe in recipes if (found := plan_of(recipe))), None)
     paths = [recipe.get("inputs", {}).get("model", {}).get("path", "") for recipe in recipes]
@@ -45,11 +47,13 @@ def find(settings: Settings) -> Case:
     if not named:
         return Case(pruned, None, keep, "no parent is known; pass --model-path")
     try:
-        return Case(pruned, checkpoints.locate_model(named, settings.hf_token), keep)
+        parent = checkpoints.locate_model(named, settings.hf_token)
     except InputError as error:
         if settings.model_path:
             raise
         return Case(pruned, None, keep, str(error))
+    checkpoints.check_outside(parent, settings.output_path)
+    return Case(pruned, parent, keep)
 
 
 def plan_of(recipe: dict[str, Any]) -> dict[str, list[int]] | None:
@@ -72,7 +76,7 @@ def fingerprint(case: Case | None, settings: Settings) -> str:
     held_out = settings.evaluation_path
     if held_out and not Path(held_out).is_file():
         raise InputError(f"held-out data not found at {held_out}; give a .jsonl file in REAP_EVALUATION_PATH")
-    return metadata.digest(*parts, Path(held_out) if held_out else "built-in")
+    return metadata.digest(*parts, Path(held_out) if held_out else json.dumps(BUILTIN))
 
 
 def loaded_bytes(folder: Path) -> int:

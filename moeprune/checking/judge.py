@@ -29,8 +29,8 @@ Data = tuple[Sequence[samples.Sample], Sequence[samples.Sample]]  # to compare o
 def judge(case: Case | None, settings: Settings, key: str) -> dict[str, Any]:
     """The whole report. Without a case, servers are asked."""
     start = time.monotonic()
-    counts = (settings.evaluation_samples, settings.generations)
-    held_out, written = (samples.load_samples(settings.evaluation_path, count, settings.seed) for count in counts)
+    held_out = samples.load_held_out(settings.evaluation_path, settings.evaluation_samples, settings.seed)
+    written = samples.load_samples(settings.evaluation_path, settings.generations, settings.seed)
     found = endpoint.compare(settings, written) if case is None else _compare(case, settings, (held_out, written))
     report = metadata.header(VERDICT, ("torch", "transformers")) | {
         "settings": settings.public(),

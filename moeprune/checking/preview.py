@@ -17,7 +17,7 @@ from moeprune import VERSION, console, metadata
 from moeprune.checking import fidelity, report, samples
 from moeprune.checking.streamed import Streamed
 from moeprune.checkpoint.families import Layout, understand
-from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
+from moeprune.checkpoint.folder import Checkpoint, check_outside, fingerprint, locate_model, open_checkpoint
 from moeprune.errors import InputError
 from moeprune.planning import decision
 from moeprune.pruning.choice import bytes_per_expert, check, read_plan
@@ -44,6 +44,7 @@ class Variant:
 def main(settings: Settings) -> None:
     """Preview and write output/preview.json; stdout gets its path."""
     checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
+    check_outside(checkpoint.place, settings.output_path)
     layout = understand(checkpoint)
     target = settings.output_path / FILES[PREVIEW]
     scores = settings.output_path / FILES[SCORES]
@@ -113,7 +114,7 @@ def measure(
     """Stream the parent with every variant's mask and compare each with the parent itself."""
     start = time.monotonic()
     tokenizer = load_tokenizer(checkpoint.place, settings)
-    held_out = samples.load_samples(settings.evaluation_path, settings.evaluation_samples, settings.seed)
+    held_out = samples.load_held_out(settings.evaluation_path, settings.evaluation_samples, settings.seed)
     batches = samples.batches(held_out, tokenizer, settings.max_seq_len, settings.batch_size)
     parent = Streamed(checkpoint.place, settings)
     rows: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +19,22 @@ import torch
 from moeprune.checking.builtin import BUILTIN
 from moeprune.errors import InputError
 
+EVERY = sys.maxsize
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Either running text, or a prompt with the answer that is expected ("" when it cannot be checked)."""
+    """Either running text, or a prompt with the answer that is expected ("" when there is no one right answer)."""
 
     domain: str
     text: str = ""
     prompt: str = ""
     answer: str = ""
+
+    @property
+    def has_known_tokens(self) -> bool:
+        """Whether two models can be compared on it token by token; an open request only asks for texts."""
+        return bool(self.text or self.answer)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,14 @@ class Batch:
     attended_BT: torch.Tensor
     scored_BT: torch.Tensor
     sample_B: tuple[int, ...]  # index of each row's sample
+
+
+def load_held_out(path: str, count: int, seed: int) -> tuple[Sample, ...]:
+    """At most `count` samples on which two models can be compared token by token."""
+    known = [sample for sample in load_samples(path, EVERY, seed) if sample.has_known_tokens]
+    if not known:
+        raise InputError(f"{path} holds open requests only; add lines with 'text', or with 'prompt' and 'answer'")
+    return tuple(known[:count])
 
 
 def load_samples(path: str, count: int, seed: int) -> tuple[Sample, ...]:
@@ -112,7 +128,7 @@ def _encode(sample: Sample, tokenizer: Any, longest: int) -> tuple[list[int], in
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     while before and end and before[-1] == end[0]:  # some tokenizers close every text
         before.pop()
-    answer = list(tokenizer(sample.answer, add_special_tokens=False)["input_ids"]) + end
+    answer = list(tokenizer(sample.answer, add_special_tokens=False)["input_ids"]) + end if sample.answer else []
     ids = (before + answer)[-longest:]
     return ids, max(1, len(ids) - len(answer))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moeprune.checking import fidelity, samples, subject
+from moeprune.checking import fidelity, generation, samples, statistics, subject, texts
 from moeprune.errors import InputError
 from moeprune.settings import Settings
 from tests.checking import pairs
@@ -81,8 +83,46 @@ def test_held_out_data_that_cannot_be_used(tmp_path, content):
         samples.load_samples(str(path), 4, seed=0)
 
 
-def test_the_built_in_set_asks_two_plus_two():
-    assert any(s.prompt == "2 + 2 =" and s.answer.strip() == "4" for s in samples.load_samples("", 100, seed=0))
+def test_the_built_in_set_is_large_enough_and_not_the_calibration():
+    entries = samples.load_samples("", 10**6, seed=0)
+    asked = generation.prompts(entries, Settings().generations)
+    assert len(asked) >= statistics.needed_to_see(0.03, 0.06)
+    assert len({sample.prompt or sample.text for sample in entries}) == len(entries)
+    folder = Path(samples.__file__).parents[1] / "scoring" / "builtin"
+    calibration = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.jsonl"))
+    for sample in entries:
+        words = json.dumps(sample.text or sample.prompt, ensure_ascii=False)[1:-1]
+        assert words not in calibration
+
+
+def test_the_built_in_answers_are_right():
+    """The generated sums, stories and orders worked out once more, from their words."""
+    for sample in samples.load_samples("", 10**6, seed=0):
+        numbers = [int(word) for word in re.findall(r"-?\d+", sample.prompt)]
+        if sample.domain == "arithmetic":
+            assert eval(sample.prompt.rstrip("= ")) == int(sample.answer)
+        elif sample.domain == "stories":
+            assert numbers[0] - numbers[1] + numbers[2] == int(sample.answer)
+        elif sample.domain == "ordering":
+            assert [int(word) for word in sample.answer.split(",")] == sorted(numbers)
+        elif sample.domain == "series":
+            assert int(sample.answer) - numbers[-1] == numbers[1] - numbers[0] == numbers[-1] - numbers[-2]
+        elif sample.domain in {"JSON", "tools"}:
+            assert texts.json_object(sample.answer) is not None
+
+
+def test_open_requests_are_only_written_on(tmp_path, models):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text(json.dumps({"prompt": "Write a poem."}) + "\n" + json.dumps({"text": "two words"}))
+    (known,) = samples.load_held_out(str(path), 9, seed=0)
+    assert known.text == "two words"
+    everything = samples.load_samples(str(path), 9, seed=0)
+    assert len(everything) == 2
+    batches = samples.batches(everything, AutoTokenizer.from_pretrained(models[0]), 64, 4)
+    assert sum(int(batch.scored_BT.sum()) for batch in batches) == len("two words") - 1
+    path.write_text(json.dumps({"prompt": "Write a poem."}))
+    with pytest.raises(InputError, match="open requests only"):
+        samples.load_held_out(str(path), 9, seed=0)
 
 
 def test_logits_that_are_no_numbers_are_large_losses_in_the_report():
