@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import console, errors, metadata
-from moeprune.checkpoint import formats, predicted
+from moeprune.checkpoint import formats, gguf_layout, predicted
 from moeprune.checkpoint.families import Layout, largest, scopes, understand
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.outline import Outline, open_outline
@@ -57,10 +57,6 @@ def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
         forecast.variant(wish, layout, weights, measured, work)
         for wish in forecast.wishes(settings, [ratio(text) for text in listed(settings.ratios)])
     ]
-    scores_here = outline.checkpoint.container == "safetensors"
-    if not scores_here:
-        console.warn("stages 1 and 3 run on the safetensors original of a GGUF file; only the cut is foretold here")
-        cuts = [cut | {"test": None} for cut in cuts]
     return metadata.header("plan") | {
         "settings": settings.public(),
         "model": {
@@ -73,7 +69,7 @@ def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
         },
         "calibration": {"tokens": tokens, "source": tokens_source},
         "rates": asdict(measured),
-        "reap": asdict(forecast.scoring(weights, tokens, room, measured)) if scores_here else None,
+        "reap": asdict(forecast.scoring(weights, tokens, room, measured)),
         "cuts": cuts,
         "texts": {"judged": judged, "count": settings.generations, "tokens": settings.max_new_tokens},
         "warnings": console.warnings(),
@@ -90,16 +86,21 @@ def layout_of(outline: Outline) -> Layout:
 
 
 def weights_of(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> Weights:
-    """The bytes of the model; experts' bits from the quantization settings."""
-    plain = predicted.plain_bytes(checkpoint.config)
-    quantized = formats.quantization_of(checkpoint) if checkpoint.container == "safetensors" else {}
-    width = max(largest(scope, predicted.HIDDEN_KEYS) for _, scope in scopes(checkpoint.config))
+    """The bytes of the model; experts' bits from the quantization settings, or counted where shapes tell."""
+    if checkpoint.container == "gguf":
+        width = gguf_layout.counts(checkpoint.config, "embedding_length")
+        bits = Bits(*gguf_layout.bits(checkpoint.tensors, layout.blocks), COMPUTE_BYTES.get(settings.dtype, 2))
+    else:
+        plain = predicted.plain_bytes(checkpoint.config)
+        width = max(largest(scope, predicted.HIDDEN_KEYS) for _, scope in scopes(checkpoint.config))
+        packed = predicted.bits_per_weight(formats.quantization_of(checkpoint), plain * 8)
+        bits = Bits(plain * 8, packed, COMPUTE_BYTES.get(settings.dtype, plain))
     return forecast.weigh(
         checkpoint,
         layout,
         each_bytes=sum(bytes_per_expert(checkpoint, block) for block in layout.blocks),
         hidden=width,
-        bits=Bits(plain * 8, predicted.bits_per_weight(quantized, plain * 8), COMPUTE_BYTES.get(settings.dtype, plain)),
+        bits=bits,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -210,8 +211,8 @@ def describe_model(settings: Settings) -> Model:
     name = settings.model_path
     if not name:
         return Model("", problem="none configured (REAP_MODEL_PATH), so disk and memory are not compared with it")
-    if not Path(name).is_dir():
-        return Model(name, problem=f"{name} is not a folder here; as a hub id it will be downloaded by the first step")
+    if not Path(name).exists():
+        return Model(name, problem=f"{name} is not here; as a hub id it will be downloaded by the first step")
     try:
         from moeprune.checkpoint import families, folder
 
@@ -225,7 +226,8 @@ def describe_model(settings: Settings) -> Model:
     layers: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         layer = re.match(r".*?\.\d+\.", tensor.name)
-        layers[layer[0] if layer else tensor.name] += tensor.nbytes
+        of_gguf = checkpoint.container == "gguf"  # dequantized as it is loaded: two bytes for each number
+        layers[layer[0] if layer else tensor.name] += 2 * math.prod(tensor.shape) if of_gguf else tensor.nbytes
     total = checkpoint.total_bytes
     removed = 1 - settings.keep / layout.experts if settings.keep else settings.prune_ratio
     return Model(name, total, total - int(experts * removed), max(layers.values()))

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from moeprune.doctor import Gpu, Machine, Model, describe_model, examine, parse_gpu
 from moeprune.settings import Settings
+from tests.checkpoint import test_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = dict.fromkeys(("torch", "transformers", "safetensors", "numpy", "greenlet", "python-dotenv"), "9.9")
@@ -96,7 +97,15 @@ def test_the_configured_model_is_measured_from_its_headers():
         found = describe_model(Settings(model_path=str(folder), **wish))
         assert (found.total, found.layer, found.problem) == (2 * sum(numbers.values()), layer, "")
         assert abs(found.total - found.result - removed * experts) <= routers
-    assert "not a folder here" in describe_model(Settings(model_path="no/where")).problem
+    assert "no/where is not here" in describe_model(Settings(model_path="no/where")).problem
+
+
+def test_a_gguf_file_is_measured_as_it_will_be_loaded(tmp_path):
+    data, stored = test_gguf.build(test_gguf.ENTRIES, test_gguf.TENSORS)
+    (tmp_path / "model.gguf").write_bytes(data)
+    found = describe_model(Settings(model_path=str(tmp_path / "model.gguf")))
+    sizes = [math.prod(shape) for name, (_, shape) in test_gguf.TENSORS.items() if name.startswith("blk.0.")]
+    assert (found.total, found.layer, found.problem) == (sum(map(len, stored.values())), 2 * sum(sizes), "")
 
 
 def run_doctor(cwd: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -52,6 +53,16 @@ def mtp_tensors(tensors: Iterable[str], config: Mapping[str, Any]) -> frozenset[
     """Every tensor of the layers that predict further tokens."""
     layers = {name: int(match["layer"]) for name in tensors if (match := LAYER.fullmatch(name))}
     return frozenset(name for name, layer in layers.items() if layer >= trunk_of(config))
+
+
+def bits(tensors: Mapping[str, Tensor], blocks: Iterable[Block]) -> tuple[float, float]:
+    """Bits that a number takes on average: outside the experts, and in them."""
+    experts = {part.tensor for block in blocks for part in block.parts}
+    found = []
+    for inside in (False, True):
+        counted = [tensor for name, tensor in tensors.items() if (name in experts) == inside]
+        found.append(8 * sum(t.nbytes for t in counted) / max(1, sum(math.prod(t.shape) for t in counted)))
+    return found[0] or 16.0, found[1] or 16.0
 
 
 def _check_complete(layer: int, parts: Iterable[Part], experts: int) -> None:

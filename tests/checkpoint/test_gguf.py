@@ -44,6 +44,7 @@ ENTRIES = [
     number("qwen3moe.nextn_predict_layers", 1),
     number("qwen3moe.expert_count", EXPERTS),
     number("qwen3moe.expert_used_count", 2),
+    number("qwen3moe.embedding_length", 256),
     entry("qwen3moe.rope.freq_base", F32, struct.pack("<f", 10000.0)),
     entry("qwen3moe.expert_weights_norm", BOOL, b"\x01"),
     entry("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, 3) + text("a") + text("\u00e9") + text("")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -177,14 +178,19 @@ def test_engines_and_the_router_have_their_say(tmp_path):
     assert "2 experts for each token" in by_ratio[0.9]["why_not"]
 
 
-def test_of_a_gguf_file_the_cut_is_foretold(tmp_path):
+def test_of_a_gguf_file(tmp_path):
     (tmp_path / "model.gguf").write_bytes(test_gguf.build(test_gguf.ENTRIES, test_gguf.TENSORS)[0])
     found = foretold(tmp_path / "model.gguf")
     sizes = [cut["after_bytes"] for cut in found["cuts"] if cut["kept"]]
-    assert found["reap"] is None
+    _, stored = test_gguf.build(test_gguf.ENTRIES, test_gguf.TENSORS)
+    experts = {name for name in stored if "_exps" in name or "gate_inp" in name or "exp_probs" in name}
+    numbers = sum(math.prod(test_gguf.TENSORS[name][1]) for name in experts)
+    assert found["model"]["hidden"] == 256
+    assert found["model"]["expert_bits"] == 8 * sum(len(stored[name]) for name in experts) / numbers
+    assert found["reap"]["memory_bytes"] > 0
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] < found["model"]["total_bytes"]
-    assert all(cut["test"] is None for cut in found["cuts"])
+    assert all(cut["test"] for cut in found["cuts"] if cut["kept"])
     plan.show(found)
 
 
