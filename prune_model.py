@@ -8,7 +8,7 @@ import time
 
 from moeprune import console, errors
 from moeprune.checkpoint import families, formats, writer
-from moeprune.checkpoint.folder import locate_model, open_checkpoint, warn_of_other_weights
+from moeprune.checkpoint.folder import check_outside, locate_model, open_checkpoint, warn_of_other_weights
 from moeprune.console import say
 from moeprune.planning.decision import check_words
 from moeprune.pruning import result
@@ -23,12 +23,14 @@ def main(argv: list[str]) -> None:
     settings = resolve("prune", argv)
     check_words(settings)
     checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
+    check_outside(checkpoint.place, settings.output_path)
     layout = families.understand(checkpoint)
     formats.check_cuttable(checkpoint, layout)
     gone = gone_tensors(settings, checkpoint, layout)
     layout = without(layout, gone)
     choice = choose(settings, checkpoint, layout, gone)
     planned = result.plan(settings, checkpoint, layout, choice, gone)
+    result.check_place(planned)
     if not settings.force and planned.is_current():
         say(f"{planned.target} is current: {choice.count} of {layout.experts} experts, same scores, same model")
         print(planned.target)

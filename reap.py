@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moeprune import VERSION, console, errors
 from moeprune.checking import report
 from moeprune.checkpoint.families import Layout, understand
-from moeprune.checkpoint.folder import Checkpoint, fingerprint, locate_model, open_checkpoint
+from moeprune.checkpoint.folder import Checkpoint, check_outside, fingerprint, locate_model, open_checkpoint
 from moeprune.metadata import Sums, claimed, digest, header, is_current, plain, read_result, to_text, write_json
 from moeprune.planning.decision import PLANNING, Model, check_wishes, check_words, proposal
 from moeprune.planning.plan import Limits
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     begun = time.monotonic()
     checkpoint = open_checkpoint(locate_model(settings.model_path, settings.hf_token))
     layout = understand(checkpoint)
+    check_outside(checkpoint.place, settings.output_path)
     result = settings.output_path / FILES[SCORES]
     made_from = inputs_fingerprint(settings, checkpoint)
     if not settings.force and is_current(result, SCORES, made_from):

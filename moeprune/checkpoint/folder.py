@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +22,7 @@ from moeprune.console import warn
 from moeprune.errors import InputError, MachineError, UsageError
 from moeprune.metadata import digest, read_json
 
-__all__ = ["Checkpoint", "Tensor", "fingerprint", "locate_model", "open_checkpoint"]
+__all__ = ["Checkpoint", "Tensor", "check_outside", "fingerprint", "locate_model", "open_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
 # Second copies of the weights in another container. They would still hold every expert, so they never go along.
@@ -243,12 +244,14 @@ def locate_model(model: str, token: str = "") -> Path:
 def _download(repo: str, revision: str, token: str) -> Path:
     """Fetch a model from the hub, without second copies of its weights."""
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub import get_session, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
     except ImportError:
         raise MachineError(
             f"huggingface_hub is not installed, so {repo} cannot be fetched; install it or give a folder"
         ) from None
+    # The library lets errors of its HTTP client through, which is another package in each of its releases.
+    transport = import_module(type(get_session()).__module__.partition(".")[0])
     skip = [
         "original/*",
         "metal/*",
@@ -267,14 +270,27 @@ def _download(repo: str, revision: str, token: str) -> Path:
         raise InputError(
             f"the hub knows no model {repo} (or it is private: set HF_TOKEN); a local folder works too"
         ) from None
-    except LocalEntryNotFoundError:
+    except HFValidationError:
+        raise InputError(f"no folder at {repo}, and no model of the hub has such a name; check the path") from None
+    except (HfHubHTTPError, transport.HTTPError, OSError, ValueError) as error:  # what answers need not be a hub
+        reason = innermost(error)
         raise MachineError(
-            f"{repo} is neither a folder here nor in the hub's cache, and the hub cannot be reached"
+            f"{repo} is no folder here, and the hub did not deliver it ({reason}); give the folder of a model on this "
+            "disk, or try again when the hub answers (a private model needs HF_TOKEN)"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise MachineError(
-            f"the hub did not deliver {repo}: {str(error).splitlines()[0]}; try again or give a folder"
-        ) from None
+
+
+def innermost(error: BaseException) -> str:
+    """What went wrong first, in one line: the library wraps it in advice for programmers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_outside(model: Path, place: Path) -> None:
+    """Refuse results in the folder of a model: they would pass for files of it. Beside a GGUF file they may lie."""
+    if model.is_dir() and place.expanduser().resolve().is_relative_to(model.resolve()):
+        raise UsageError(f"{place} is the folder of the model, or lies in it; choose another folder for results")
 
 
 def warn_of_other_weights(checkpoint: Checkpoint) -> None:

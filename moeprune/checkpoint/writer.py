@@ -1,6 +1,6 @@
 """Write a checkpoint: byte ranges streamed into new safetensors files, all of it beside the result, then renamed.
 
-Large pieces of kept tensors pass from file to file inside the kernel, where that works; a buffer carries the rest.
+growing.py moves the bytes; here is which of them, in what order, and what makes a folder of files a result.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moeprune.checkpoint.growing import PAGE, Growing
 from moeprune.console import size
 from moeprune.errors import FULL_DISK, InputError, MachineError
 from moeprune.metadata import sync
 
-STEP = 16 << 20  # bytes per system call
-BUFFER = 1 << 20  # stays in the processor's cache
-PAGE = 4096
 SYNC_FILE_RANGE_WRITE = 2
-CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 INDEX = "model.safetensors.index.json"
 
 
@@ -114,7 +111,7 @@ def write_file(folder: Path, file: NewFile, go_on: Callable[[], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with explained(path), path.open("xb", buffering=0) as raw, contextlib.ExitStack() as opened:
         sources: dict[Path, BinaryIO] = {}
-        out = _Growing(raw, go_on)
+        out = Growing(raw, go_on)
         out.write(file.head)
         for source, start, end, content in _steps(file):
             if content is not None:
@@ -162,70 +159,6 @@ def _pieces(file: NewFile) -> Iterator[Step]:
             yield entry.source, start, end, None
         if gap := -entry.nbytes % file.alignment:
             yield entry.source, 0, 0, bytes(gap)
-
-
-class _Growing:
-    """The end of a growing file. Small pieces gather in a buffer; long ones pass from file to file in the kernel.
-
-    The kernel hands on whole pages cheaply. Where pieces are small, or lie otherwise within their pages than they did,
-    a buffer takes three quarters of its time.
-    """
-
-    def __init__(self, out: BinaryIO, go_on: Callable[[], None]) -> None:
-        self.out, self.go_on = out, go_on
-        self.buffer, self.held, self.at = memoryview(bytearray(BUFFER)), 0, 0
-        self.kernel_copies = hasattr(os, "copy_file_range")
-
-    def write(self, content: bytes) -> None:
-        """Append bytes that are in memory."""
-        self.flush()
-        self._put(memoryview(content))
-        self.at += len(content)
-
-    def copy(self, source: BinaryIO, start: int, end: int) -> None:
-        """Append bytes `start` to `end` of another file."""
-        if self.kernel_copies and end - start >= BUFFER and (start - self.at) % PAGE == 0:
-            self.flush()
-            start = self._copy_in_kernel(source, start, end)
-        while start < end:
-            self.go_on()
-            done = os.preadv(source.fileno(), [self.buffer[self.held :][: end - start]], start)
-            self.held += _some(done, source, start, end)
-            start, self.at = start + done, self.at + done
-            if self.held == BUFFER:
-                self.flush()
-
-    def _copy_in_kernel(self, source: BinaryIO, start: int, end: int) -> int:
-        """As much of the range as the file systems copy by themselves; gives where they stopped."""
-        while start < end:
-            self.go_on()
-            try:
-                done = os.copy_file_range(source.fileno(), self.out.fileno(), min(STEP, end - start), offset_src=start)
-            except OSError as error:
-                if error.errno not in CANNOT_COPY:
-                    raise
-                self.kernel_copies = False
-                break
-            start += _some(done, source, start, end)
-            self.at += done
-        return start
-
-    def flush(self) -> None:
-        """Write what has gathered."""
-        self._put(self.buffer[: self.held])
-        self.held = 0
-
-    def _put(self, rest: memoryview) -> None:
-        """An unbuffered write may take only a part; the next one then says why."""
-        while rest:
-            rest = rest[self.out.write(rest) :]
-
-
-def _some(count: int, source: BinaryIO, start: int, end: int) -> int:
-    """A number of bytes read, which must not be zero."""
-    if count == 0:
-        raise InputError(f"{source.name} ends at byte {start:,}, before byte {end:,}; it was cut while it was read")
-    return count
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from moeprune.settings import Settings
 # Settings that change a plan but not what was measured.
 PLANNING = {"prune_ratio", "keep", "target_size", "metric", "blend", "weights", "protect"}
 PLANNING |= {"engine", "expert_parallel", "tensor_parallel"}
+WISHES = ("plan", "keep", "target_size", "prune_ratio")  # each says how many experts are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,11 @@ def check_words(settings: Settings) -> None:
     if weights and settings.blend in {"pooled", "maxmin"}:
         raise UsageError(f"weights have no meaning for the blend {settings.blend}; use the blend weighted or shares")
     engines.parse_engines(settings.engine)
+    typed = [name for name in WISHES if settings.origin.get(name, "").startswith("--")]
+    typed = [name for name in typed if name == "prune_ratio" or getattr(settings, name)]  # 0 and "" are no wish
+    if len(typed) > 1:
+        flags = " and ".join(settings.origin[name] for name in typed)
+        raise UsageError(f"{flags} each say how many experts are kept; give one of them")
 
 
 def check_wishes(settings: Settings, model: Model, domains: tuple[str, ...] = ()) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeprune.errors import ResultError
+from moeprune.errors import InputError, ResultError
 
 PIECE = 1 << 17  # bytes compared at a time: two buffers in the processor's second cache; 1 MB took 1.3 times as long
 COUNT_KEYS = re.compile(
@@ -48,8 +48,9 @@ class File:
     notes: dict[str, str]  # its `__metadata__`
 
 
-def header_of(path: Path, strict: bool = False) -> File:
-    """The header of a file. `strict`: each tensor must begin at a multiple of its element's width, as readers wish."""
+def header_of(path: Path, made: bool = False) -> File:
+    """The header of a file. In one that was `made`, each tensor begins at a multiple of its width, as readers wish."""
+    wrong = ResultError if made else InputError
     length, table = _table(path)
     about = table.pop("__metadata__", None) or {}
     tensors = {}
@@ -57,12 +58,12 @@ def header_of(path: Path, strict: bool = False) -> File:
     for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
         width = (stop - start) // max(1, math.prod(entry["shape"]))
-        if start != end or (strict and width and (8 + length + start) % width):
-            raise ResultError(f"{path}: {name} does not begin where it should")
+        if start != end or (made and width and (8 + length + start) % width):
+            raise wrong(f"{path}: {name} does not begin where it should")
         end = stop
         tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, stop - start)
     if path.stat().st_size != 8 + length + end:
-        raise ResultError(f"{path} has {path.stat().st_size:,} bytes where its header says {8 + length + end:,}")
+        raise wrong(f"{path} has {path.stat().st_size:,} bytes, but ends at byte {8 + length + end:,} by its header")
     return File(tensors, about)
 
 

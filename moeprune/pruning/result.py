@@ -133,12 +133,17 @@ def _name_of_model(settings: Settings, checkpoint: Checkpoint) -> str:
     return folder.parent.parent.name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
 
 
-def check_target(planned: Result, force: bool) -> None:
-    """Refuse a target that is in use for something else, or a disk that is too small."""
+def check_place(planned: Result) -> None:
+    """Refuse a target that holds the model, or lies in it."""
     target, parent = planned.target.resolve(), planned.checkpoint.folder
     inside = parent in target.parents and planned.checkpoint.container == "safetensors"
     if inside or target == parent or target in parent.parents:
         raise UsageError(f"{planned.target} is the model itself, or one lies inside the other; choose another folder")
+
+
+def check_target(planned: Result, force: bool) -> None:
+    """Refuse a target that is in use for something else, or a disk that is too small."""
+    target = planned.target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         ours = (target / MANIFEST).is_file()
         if not ours:

@@ -63,7 +63,7 @@ class Verification:
         return evidence.load(self.parent / "config.json"), evidence.merged(self.files_before)
 
     def _header(self, path: Path) -> File:
-        return evidence.header_of(path, strict=True)
+        return evidence.header_of(path, made=True)
 
     def _block_of(self, name: str) -> str:
         parts = name.split(".")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from moeprune.checkpoint.folder import fingerprint, locate_model, open_checkpoint
+from moeprune.checkpoint.folder import check_outside, fingerprint, locate_model, open_checkpoint
 from moeprune.errors import InputError, MachineError, UsageError
 from tests import handmade, tiny
 
@@ -183,3 +183,13 @@ def test_where_a_model_is_looked_for(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MachineError, match="nobody/nothing"):
         locate_model("nobody/nothing")
+
+
+@pytest.mark.parametrize("place", ["model", "model/results", "link", "model/../model/x"])
+def test_results_in_the_folder_of_the_model_are_refused(tmp_path, place):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with pytest.raises(UsageError, match="lies in it; choose another folder"):
+        check_outside(tmp_path / "model", tmp_path / place)
+    check_outside(tmp_path / "model", tmp_path)
+    check_outside(tmp_path / "model", tmp_path / "model-reap-4of8")

@@ -259,12 +259,28 @@ def test_folders_in_use_are_refused(parent: Path, tmp_path: Path) -> None:
     plan = {"keep": {f"model.layers.{i}": [0, 3, 5] for i in range(3)}}
     for bad in (parent, parent / "inside", parent.parent):
         assert "choose another folder" in refused(parent, tmp_path, plan, "--pruned-output-path", str(bad))
+    for bad in (parent, parent / "inside"):
+        assert "choose another folder" in refused(parent, tmp_path, plan, "--output-path", str(bad), "--dry-run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     assert "not made by this tool" in refused(
         parent, tmp_path, plan, "--pruned-output-path", str(tmp_path / "mine"), "--force"
     )
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_two_wishes_on_one_command_line(parent: Path, tmp_path: Path) -> None:
+    flags = ["--model-path", str(parent), "--output-path", str(tmp_path)]
+    pairs = (
+        ["--keep", "4", "--prune-ratio", "0"],
+        ["--target-size", "1GB", "--keep", "4"],
+        ["--plan", "x", "--keep", "4"],
+    )
+    for pair in pairs:
+        with pytest.raises(UsageError, match=r"--\S+ and --\S+ each say how many"):
+            prune_model.main([*flags, *pair])
+    with pytest.raises(InputError, match="no scores"):  # 0 says that no count is wished for
+        prune_model.main([*flags, "--keep", "0", "--prune-ratio", "0.5"])
 
 
 def test_small_disk_is_refused(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

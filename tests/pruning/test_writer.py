@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moeprune.checkpoint import writer
+from moeprune.checkpoint import growing, writer
 from moeprune.checkpoint.writer import Entry, NewFile
 from moeprune.pruning import rewrite
 
@@ -88,7 +88,7 @@ def test_the_kernel_copies_what_keeps_its_place_in_a_page(
         return done
 
     monkeypatch.setattr(os, "copy_file_range", counting)
-    monkeypatch.setattr(writer, "BUFFER", 8_192)
+    monkeypatch.setattr(growing, "BUFFER", 8_192)
     copied(tmp_path, source, ranges)
     assert sum(copied_bytes) == expected
 
@@ -105,7 +105,7 @@ def test_without_the_kernel(tmp_path: Path, source: Path, monkeypatch: pytest.Mo
         return copy(src, dst, min(count, 1000), offset_src)
 
     monkeypatch.setattr(os, "copy_file_range", fails_later)
-    monkeypatch.setattr(writer, "BUFFER", 8_192)
+    monkeypatch.setattr(growing, "BUFFER", 8_192)
     copied(tmp_path, source, IN_PHASE)
     assert len(calls) == 2
 
@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_ends_a_copy_in_the_kernel(
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr(os, "copy_file_range", full)
-    monkeypatch.setattr(writer, "BUFFER", 8_192)
+    monkeypatch.setattr(growing, "BUFFER", 8_192)
     with pytest.raises(OSError, match=r"x\.safetensors"):
         copied(tmp_path, source, IN_PHASE)
 

@@ -53,6 +53,10 @@ def test_a_folder_that_cannot_take_the_result_is_refused_before_the_work(inputs,
         assert (done.returncode, len(done.stderr.splitlines())) == (4, 1), done.stderr
         assert message in done.stderr
     os.close(taken)
+    done = reap(tmp_path, "--model-path", str(inputs[0]), "--output-path", str(inputs[0] / "results"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "choose another folder" in done.stderr
+    assert not (inputs[0] / "results").exists()
 
 
 def test_the_result_says_everything(first):
