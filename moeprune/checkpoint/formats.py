@@ -119,12 +119,7 @@ def format_of(checkpoint: Checkpoint) -> str:
             sizes[tensor.dtype] += tensor.nbytes
         dtype = sizes.most_common(1)[0][0] if sizes else "F32"
         return PLAIN.get(dtype, dtype.lower())
-    method = str(settings.get("quant_method", "")).lower()
-    if method in REFUSED:
-        raise InputError(
-            f"{checkpoint.folder} is quantized by {method}, which is refused: {REFUSED[method]}. Cut the original "
-            "checkpoint and quantize the result"
-        )
+    check_not_refused(checkpoint)
     found = next((entry.name for entry in FORMATS if entry.recognise(settings)), "")
     if not found:
         what = f"{settings.get('quant_method', 'an unnamed method')} (format {settings.get('format', 'not given')})"
@@ -133,6 +128,16 @@ def format_of(checkpoint: Checkpoint) -> str:
             "in moeprune/checkpoint/formats.py"
         )
     return found
+
+
+def check_not_refused(checkpoint: Checkpoint) -> None:
+    """Refuse the formats that are known and left alone."""
+    method = str(quantization_of(checkpoint).get("quant_method", "")).lower()
+    if method in REFUSED:
+        raise InputError(
+            f"{checkpoint.folder} is quantized by {method}, which is refused: {REFUSED[method]}. Take the original "
+            "checkpoint, and quantize the result"
+        )
 
 
 def check_cuttable(checkpoint: Checkpoint, layout: Layout) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from moeprune.checkpoint import gguf
 from moeprune.checkpoint.folder import Checkpoint, Tensor
-from moeprune.checkpoint.formats import quantization_of
+from moeprune.checkpoint.formats import check_not_refused, quantization_of
 from moeprune.errors import InputError
 from moeprune.scoring.number_formats import TABLE, Format, Quantization
 from moeprune.scoring.rearranged import rearranged
@@ -48,6 +48,7 @@ PACKED_TYPES = ("I8", "U8", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0")  # of which 
 
 def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
     """Plain name -> recipe, for every tensor of the checkpoint."""
+    check_not_refused(checkpoint)
     quantization, about = quantization_of(checkpoint), _about(checkpoint)
     _refuse_rotated(checkpoint, quantization)
     found: dict[str, Recipe] = {}

@@ -100,6 +100,24 @@ def test_both_files_of_modelopt_follow(folder):
     assert changed["producer"] == side["producer"]
 
 
+def test_names_without_a_layer_hold_for_all_layers(folder):
+    """GPTQ lists what it quantized inside a layer; every layer keeps four experts, whichever they were."""
+    inside = [[f"mlp.experts.{n}.{p}" for n in range(EXPERTS) for p in ("up_proj", "gate_proj")], ["self_attn.q_proj"]]
+    after, _ = renumbered(folder, {"quant_method": "gptq", "modules_in_block_to_quantize": inside})
+    kept = [f"mlp.experts.{n}.{p}" for n in range(4) for p in ("up_proj", "gate_proj")]
+    assert after["modules_in_block_to_quantize"] == [kept, ["self_attn.q_proj"]]
+    with pytest.raises(InputError, match="full name"):
+        renumbered(folder, {"quant_method": "gptq", "modules_in_block_to_quantize": [inside[0][2:]]})
+
+
+def test_copies_of_the_settings_beside_the_config_follow(folder):
+    (folder / "quantization_config.json").write_text(json.dumps({"dynamic": {f"-:{expert(0, 3)}\\..*": {}}}))
+    _, numbers = renumbered(folder, {"quant_method": "gptq"})
+    names = [rf"-:model\.layers\.0\.mlp\.experts\.1\.{p}$" for p in PROJECTIONS]
+    assert numbers.side_files()["quantization_config.json"] == {"dynamic": {name: {} for name in names}}
+    (folder / "quantization_config.json").unlink()
+
+
 def test_what_cannot_be_decided_is_refused(folder):
     with pytest.raises(InputError, match="full name"):
         renumbered(folder, {"quant_method": "fp8", "modules_to_not_convert": ["experts.3.up_proj"]})
