@@ -16,6 +16,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from tests import tiny
+
 Arrays = dict[str, np.ndarray]
 ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
@@ -118,6 +120,14 @@ def with_mtp(layer: int, like: int) -> Callable[[str, np.ndarray], Iterator[tupl
             yield f"blk.{layer}.nextn.enorm.weight", array
 
     return change
+
+
+def tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer that merges one pair: GGUF has no empty lists."""
+    tiny.tokenizer(folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"]["he"], state["model"]["merges"] = 264, [["h", "e"]]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
 
 
 def twin(folder: Path, values: Arrays, target: Path) -> Path:

