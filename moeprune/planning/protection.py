@@ -65,7 +65,7 @@ def for_special_tokens(sums: Sums, limits: Limits, count: int) -> dict[str, tupl
 
 def _mostly_special(block: BlockSums) -> Array:
     """The g |f| of special tokens, by expert; zero for experts that work mostly for others."""
-    special_E = block.values.get("special_sum", np.zeros((1, block.experts))).sum(axis=0)
+    special_E: Array = block.values.get("special_sum", np.zeros((1, block.experts))).sum(axis=0)
     if not special_E.any():
         return special_E
     text_E = block.values["gate_norm_sum"].sum(axis=0)

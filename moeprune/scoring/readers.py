@@ -78,7 +78,7 @@ def read_json(path: Path) -> Rows:
         if error.msg == "Extra data" and error.lineno > 1:
             yield from read_jsonl(path)
             return
-        raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+        raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg}; mend the file") from None
     if _has_half_character(data):
         raise InputError(f"{path}: a \\uD800 to \\uDFFF without its pair is no text; mend or remove it")
     if isinstance(data, dict):
@@ -98,10 +98,12 @@ def read_csv(path: Path) -> Rows:
     try:
         for row in reader:
             if None in row or None in row.values():
-                raise InputError(f"{path}:{reader.line_num}: another number of columns than in the first line")
+                raise InputError(
+                    f"{path}:{reader.line_num}: another number of columns than in the first line; mend this row"
+                )
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: broken CSV: {error}") from None
+        raise InputError(f"{path}:{reader.line_num}: broken CSV: {error}; mend the file") from None
 
 
 def read_parquet(path: Path) -> Rows:

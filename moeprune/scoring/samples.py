@@ -129,12 +129,16 @@ def _with_system(values: Mapping[str, Any], messages: tuple[dict[str, Any], ...]
     return messages
 
 
+def _unusable(place: str, why: str) -> InputError:
+    return InputError(f"{place}: {why}; mend or remove this sample")
+
+
 def _string(value: Any, column: str, place: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    raise InputError(f"{place}: {column!r} holds a {type(value).__name__}, not text")
+    raise _unusable(place, f"{column!r} holds a {type(value).__name__}, not text")
 
 
 def _tools(value: Any, place: str) -> str | None:
@@ -146,9 +150,9 @@ def _tools(value: Any, place: str) -> str | None:
     try:
         parsed = json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{place}: the tools are not valid JSON: {error}") from None
+        raise _unusable(place, f"the tools are not valid JSON: {error}") from None
     if not isinstance(parsed, list):
-        raise InputError(f"{place}: the tools must be a JSON list, not a {type(parsed).__name__}")
+        raise _unusable(place, f"the tools must be a JSON list, not a {type(parsed).__name__}")
     return value if parsed else None
 
 
@@ -158,9 +162,9 @@ def _chat(value: Any, place: str) -> tuple[tuple[dict[str, Any], ...], tuple[Any
         try:
             value = json.loads(value)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{place}: the messages are not valid JSON: {error}") from None
+            raise _unusable(place, f"the messages are not valid JSON: {error}") from None
     if not isinstance(value, (list, tuple)) or not all(isinstance(message, Mapping) for message in value):
-        raise InputError(f"{place}: messages must be a list of objects with role and content")
+        raise _unusable(place, "messages must be a list of objects with role and content")
     images: list[Any] = []
     return tuple(_message(message, images, place) for message in value), tuple(images)
 
@@ -169,7 +173,7 @@ def _message(raw: Mapping[str, Any], images: list[Any], place: str) -> dict[str,
     message = {str(key): value for key, value in raw.items() if value is not None}  # Arrow fills columns with nulls
     role = message.pop("role", None) or message.pop("from", None)
     if not isinstance(role, str):
-        raise InputError(f"{place}: a message without a role")
+        raise _unusable(place, "a message without a role")
     content = message.pop("content", message.pop("value", ""))
     calls = message.pop("tool_calls", None)
     known = {key: message[key] for key in MESSAGE_FIELDS if key in message}
@@ -184,7 +188,7 @@ def _content(content: Any, images: list[Any], place: str) -> Any:
     if isinstance(content, Mapping):  # the result of a tool
         return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, (list, tuple)):
-        raise InputError(f"{place}: the content of a message must be text or a list of parts")
+        raise _unusable(place, "the content of a message must be text or a list of parts")
     parts = [_part(part, images, place) for part in content]
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
@@ -202,17 +206,17 @@ def _part(part: Any, images: list[Any], place: str) -> dict[str, str]:
         if url is not None:  # without one, the image stands in the row's image column
             images.extend(_images(url))
         return {"type": "image"}
-    raise InputError(f"{place}: a part of a message is neither text nor an image")
+    raise _unusable(place, "a part of a message is neither text nor an image")
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:
     """A tool call with its function's arguments as an object, as chat templates expect them."""
     if not isinstance(call, Mapping):
-        raise InputError(f"{place}: a tool call must be an object")
+        raise _unusable(place, "a tool call must be an object")
     nested = isinstance(call.get("function"), Mapping)
     function = dict(call["function"]) if nested else {key: call[key] for key in ("name", "arguments") if key in call}
     if not isinstance(function.get("name"), str):
-        raise InputError(f"{place}: a tool call without a function name")
+        raise _unusable(place, "a tool call without a function name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         with contextlib.suppress(json.JSONDecodeError, RecursionError):  # some traces hold broken calls; kept as text

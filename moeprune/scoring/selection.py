@@ -51,7 +51,10 @@ def choose(source: Source, count: int, seed: int, columns: Mapping[str, str], lo
             if part.endless and choice.seen - choice.empty >= count:
                 break
     if not pools:
-        raise InputError(f"{source.name}: no samples in it; check the file, or name its columns with --columns")
+        where = next((str(part.path) for part in source.parts if len(source.parts) == 1 and part.path), source.name)
+        if choice.seen:
+            raise InputError(f"{where}: all {choice.seen} samples in it are empty; name their column with --columns")
+        raise InputError(f"{where}: empty; give calibration data that holds samples")
     ordered = {name: [entry[2] for entry in sorted(pool, reverse=True)] for name, pool in pools.items()}
     choice.samples = balanced(ordered, count)
     return choice

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,18 @@ def test_the_same_seed_gives_the_same_tokens_wherever_the_file_lies(tmp_path):
     # Fixed: another machine, another day and another version must make the same tokens.
     assert first.fingerprint == "289a757c29e83d6b051cbf6276ff67beb1b59ff3956f1fb058ab21a84e3534f4"
     assert load(tmp_path, ROWS, max_samples=20, seed=1).fingerprint != first.fingerprint
+
+
+def test_the_tokens_do_not_hang_on_hashes_locale_or_clock(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from tests.scoring.test_calibration import load, ROWS\n"
+        "print(load(Path(sys.argv[1]), ROWS, max_samples=20).fingerprint)"
+    )
+    strange = {"PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Asia/Tokyo"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, env=os.environ | strange
+    )
+    assert done.stdout.strip() == load(tmp_path, ROWS, max_samples=20).fingerprint, done.stderr
 
 
 def test_long_documents_are_cut_and_short_ones_skipped_and_both_are_counted(tmp_path):

@@ -31,15 +31,19 @@ def noise(path: Path, width: int, height: int, seed: int = 0) -> Path:
     return path
 
 
-def png_that_claims(path: Path, width: int, height: int) -> Path:
-    """A few dozen bytes whose header promises a huge picture."""
+def png_that_claims(path: Path, width: int, height: int, text: bytes = b"") -> Path:
+    """A few dozen bytes whose header promises a huge picture, or a note that is huge once it is unpacked."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"zTXt", b"note\0\0" + text) if text else b"")
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
     )
     return path
 
@@ -148,11 +152,13 @@ def bad_images(folder: Path) -> dict[str, str]:
     (folder / "words.png").write_text("not an image")
     png_that_claims(folder / "bomb.png", 60_000, 60_000)
     png_that_claims(folder / "half.png", 12_000, 10_000)
+    png_that_claims(folder / "flood.png", 4, 4, text=zlib.compress(b"\0" * 100_000_000))
     return {
         "missing.png": "missing",
         "cut.png": "damaged or not an image",
         "words.png": "damaged or not an image",
         "bomb.png": "more pixels than any picture|claims 60000 x 60000",
+        "flood.png": "damaged or not an image",
         "half.png": "claims 12000 x 10000 pixels",
         "https://example.org/a.png": "an address, not a file",
     }
@@ -170,13 +176,13 @@ def test_bad_images_end_the_run_unless_allowed(tmp_path, qwen):
     names = [*bad_images(tmp_path), "good.png"]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"image": name, "prompt": "What is it?"}) + "\n" for name in names))
-    with pytest.raises(InputError, match=r"6 calibration images cannot be used: .*--bad-images 6") as caught:
+    with pytest.raises(InputError, match=r"7 calibration images cannot be used: .*--bad-images 7") as caught:
         load_calibration(Settings(calibration_path=str(path)), *qwen)
     assert "\n" not in str(caught.value)
-    calibration = load_calibration(Settings(calibration_path=str(path), bad_images=6), *qwen)
-    assert calibration.summary["skipped"] == {"an image that cannot be used": 6}
-    assert len(calibration.summary["bad_images"]) == 6
-    assert any("6 calibration images cannot be used" in line for line in console.warnings())
+    calibration = load_calibration(Settings(calibration_path=str(path), bad_images=7), *qwen)
+    assert calibration.summary["skipped"] == {"an image that cannot be used": 7}
+    assert len(calibration.summary["bad_images"]) == 7
+    assert any("7 calibration images cannot be used" in line for line in console.warnings())
 
 
 def test_images_inside_parquet(tmp_path, qwen):
