@@ -56,6 +56,15 @@ FP4 = {
     "input_scale": ("F32", []),
     "pre_quant_scale": [16],
 }
+NVFP4 = {key: FP4[key] for key in ("weight", "weight_scale", "weight_scale_2", "input_scale")}
+INT4 = {
+    "weight": ("U8", [2, 16]),
+    "weight_scale": [4, 1],
+    "weight_scale_2": ("F32", []),
+    "pre_quant_scale": [16],
+    "svdquant_lora_a": [1, 16],
+    "svdquant_lora_b": [4, 1],
+}
 MODELOPT = {
     "": ("U8", [E, 16, 4]),
     "_weight_scale": ("F8_E4M3", [E, 16, 1]),
@@ -230,6 +239,12 @@ CASES = {
         {"model.layers.0": {f"feed_forward.experts.gate_up_proj{k}": "rows 0" for k in MODELOPT if k != "_input_scale"}
          | {"feed_forward.router.weight": "router 0"}},
     ),
+    "modelopt INT4 with smoothed inputs and a low-rank part": Case(
+        {"model_type": "qwen3_moe", "num_experts": E, "num_experts_per_tok": 2,
+         "quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}},
+        layer("model.layers.0", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in INT4.items()}),
+        {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in INT4} | GATE_FOUND},
+    ),
     "torchao": Case(
         {"model_type": "qwen3_moe", "num_experts": E, "quantization_config": {"quant_method": "torchao"}} | TOP_2,
         layer("model.layers.0", GATE | {f"mlp.experts._down_proj_{k}": ("I8", [E, 4, n]) for k, n in TORCHAO.items()}),
@@ -245,6 +260,10 @@ CASES = {
 }  # fmt: skip
 
 
+def typed(tensors):
+    """Shapes alone are those of bf16."""
+    return {name: value if isinstance(value, tuple) else ("BF16", value) for name, value in tensors.items()}
+
+
 def write(folder: Path, case: Case) -> Checkpoint:
-    shapes = {name: value if isinstance(value, tuple) else ("BF16", value) for name, value in case.tensors.items()}
-    return open_checkpoint(handmade.checkpoint(folder, case.config, shapes))
+    return open_checkpoint(handmade.checkpoint(folder, case.config, typed(case.tensors)))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import handmade
 from tests.checkpoint import hub
 from tests.pruning import cutting
 
@@ -72,3 +73,29 @@ def test_every_byte_of_what_stays(tmp_path, name):
             assert np.array_equal(after[tensor], array), tensor
     config = json.loads((child / "config.json").read_text())
     assert json.dumps(config).count(f": {hub.E}") < json.dumps(case.config).count(f": {hub.E}")
+
+
+def test_formats_mixed_and_a_file_outside_the_index(tmp_path):
+    """NVFP4 in the trunk, bf16 in the layer behind it, and scales for all experts in a file that no index names."""
+    name = "model.layers.0"
+    trunk = hub.layer(name, hub.GATE, {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in hub.NVFP4.items()})
+    further = hub.layer("model.layers.1", hub.GATE, hub.GATED)
+    config = {"model_type": "deepseek_v3", "n_routed_experts": hub.E, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+    config |= {
+        "num_nextn_predict_layers": 1,
+        "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    }
+    parent = handmade.checkpoint(tmp_path / "parent", config, hub.typed(trunk), hub.typed(further))
+    handmade.shard(parent / "scales.safetensors", {f"{name}.mlp.experts.a2_gscale": ("F32", [hub.E])})
+    keep = cutting.keep_lists(parent, KEPT)
+    child = cutting.cut(parent, keep)
+    found = {name: {f"mlp.experts.N.up_proj.{k}": "expert" for k in hub.NVFP4} | hub.GATE_FOUND}
+    found[name]["mlp.experts.a2_gscale"] = "rows 0"
+    case = hub.Case(config, {}, found | {"model.layers.1": hub.GATED_FOUND | hub.GATE_FOUND})
+    before, after = stored(parent), stored(child)
+    wanted = expected(before, case, keep)
+    assert set(after) == set(wanted)
+    assert all(np.array_equal(after[tensor], array) for tensor, array in wanted.items())
+    assert {path.name for path in child.glob("*.safetensors")} >= {"scales.safetensors"}
+    index = json.loads((child / "model.safetensors.index.json").read_text())
+    assert f"{name}.mlp.experts.a2_gscale" not in index["weight_map"]

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
-from moeprune.checkpoint.formats import FORMATS
-from tests import tiny
+import json
+
+from moeprune.checkpoint.folder import open_checkpoint
+from moeprune.checkpoint.formats import FORMATS, format_of
+from tests import gguf_files, tiny
 from tests.checkpoint import hub
 from tests.contracts import documents
+from tests.data.make import FOLDER, MAKERS
 from tests.pruning import test_quantized
 
 MARKS = ("<!-- proven -->", "<!-- end of proven -->")
@@ -16,6 +20,7 @@ MASKED = (
     "computes what the parent computes when the dropped experts' router logits are minus infinity, within 1e-5 in fp32"
 )
 BYTES = "every byte compared with an oracle that knows the layout"
+LIBRARY = "numbers as the library reads them, bit for bit; the cut changes none; parent and cut scored as their values"
 # How each number format of formats.FORMATS was proven, beside the containers and plain types.
 HOW = {
     "bf16, fp16, fp32": "fp32: the families above; bf16: the demo model from scores to answers; fp16: the same code",
@@ -27,12 +32,32 @@ HOW = {
     "modelopt_nvfp4": f"per expert and stacked: {BYTES}; slicing commutes with dequantizing",
     "awq": BYTES,
     "gptq": BYTES,
-    "bitsandbytes": f"{BYTES}; scales that were scaled again are written out as the same numbers",
+    "bitsandbytes": f"gpt-oss in unsloth's layout too: {BYTES}; scales that were scaled again are written out as the same numbers",
     "torchao": BYTES,
+    "modelopt": f"INT4 and low-rank parts: {BYTES}; numbers against known integers",
     "mlx": f"quantized routers too: {BYTES}; slicing commutes with dequantizing",
-    "gguf": f"single, split, and one tensor per expert: {BYTES}",
+    "gguf": f"single, split, one tensor per expert, rows that neighbours share, without MTP layers: {BYTES}",
 }
-RECOGNISED = "recognised; cut by the same rules, no case of its own"
+SCORED = (
+    "the sums of the plain checkpoint with the same values, to the bit (`qwen35moe` within 1e-6); every type but Q8_K "
+    "and Q1_0 to the bit as the gguf package reads it; other architectures are refused and cut with the original's "
+    "scores"
+)
+
+
+def by_libraries() -> dict[str, str]:
+    """Format -> the libraries that wrote checkpoints in it for the tests."""
+    wrote: dict[str, dict[str, None]] = {}
+    for name in MAKERS:
+        versions = json.loads((FOLDER / name / "made.json").read_text(encoding="utf-8"))["made_by"]
+        library = next(iter(versions))
+        wrote.setdefault(format_of(open_checkpoint(FOLDER / name)), {})[f"{library} {versions[library]}"] = None
+    return {form: f"written by {', '.join(libraries)}: {LIBRARY}" for form, libraries in wrote.items()}
+
+
+def how(form: str, wrote: dict[str, str]) -> str:
+    """How one format was proven."""
+    return "; ".join(text for text in (HOW.get(form), wrote.get(form)) if text)
 
 
 def table() -> str:
@@ -47,8 +72,11 @@ def table() -> str:
         f"| {len(hub.CASES)} layouts of the hub, written by hand: {layouts} | {BYTES} |",
         f"| formats bf16, fp16, fp32 | {HOW['bf16, fp16, fp32']} |",
     ]
-    rows += [f"| format {entry.name}: {entry.text} | {HOW.get(entry.name, RECOGNISED)} |" for entry in FORMATS]
+    wrote = by_libraries()
+    rows += [f"| format {entry.name}: {entry.text} | {how(entry.name, wrote)} |" for entry in FORMATS]
     rows.append(f"| format gguf | {HOW['gguf']} |")
+    gguf = ", ".join(f"`{name}`" for name in dict.fromkeys(gguf_files.ARCHITECTURES.values()))
+    rows.append(f"| GGUF files, scored and judged: {gguf} | {SCORED} |")
     commuting = ", ".join(test_quantized.STACKED)
     rows.append(f"| slice, then dequantize = dequantize, then slice | bit for bit, stacked: {commuting} |")
     return "\n".join(rows) + "\n"

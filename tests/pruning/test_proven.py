@@ -14,3 +14,8 @@ def test_readme_lists_what_the_tests_run_over() -> None:
 
 def test_every_proof_is_of_a_known_format() -> None:
     assert proven.HOW.keys() - {entry.name for entry in FORMATS} == {"bf16, fp16, fp32", "gguf"}
+
+
+def test_every_format_is_proven_somehow() -> None:
+    wrote = proven.by_libraries()
+    assert [entry.name for entry in FORMATS if not proven.how(entry.name, wrote)] == []
