@@ -32,7 +32,7 @@ HOW = {
     "modelopt_nvfp4": f"per expert and stacked: {BYTES}; slicing commutes with dequantizing",
     "awq": BYTES,
     "gptq": BYTES,
-    "bitsandbytes": f"gpt-oss in unsloth's layout too: {BYTES}; scales that were scaled again are written out as the same numbers",
+    "bitsandbytes": f"unsloth's gpt-oss: {BYTES}; scales that were scaled again are written out as the same numbers",
     "torchao": BYTES,
     "modelopt": f"INT4 and low-rank parts: {BYTES}; numbers against known integers",
     "mlx": f"quantized routers too: {BYTES}; slicing commutes with dequantizing",

@@ -1,0 +1,97 @@
+"""Layouts of MLX, written here from plain tensors as mlx-lm's conversions do: each must come back as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.scoring.test_made_by_libraries import plain
+
+LAYER, E, H, INNER = "model.layers.0", 3, 4, 6
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def back(folder, model_type, tensors):
+    """What transformers would get of these tensors."""
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return plain(folder, torch.float32)
+
+
+def check(found, expected):
+    assert found.keys() == expected.keys()
+    assert {name for name, tensor in expected.items() if not torch.equal(found[name], tensor)} == set()
+
+
+def stacks(module, names):
+    """Per-expert matrices, and MLX's stacks of them: its name -> the family's own."""
+    each = {n: torch.randn(E, *((H, INNER) if "down" in n or n == "fc2" else (INNER, H))) for n in names}
+    mlx = {f"{module}switch_mlp.{n}.weight": stack for n, stack in each.items()}
+    return mlx, {f"{module}experts.{e}.{own}.weight": each[n][e].clone() for n, own in names.items() for e in range(E)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "names"),
+    [
+        ("qwen3_moe", "mlp.", {n: n for n in ("gate_proj", "up_proj", "down_proj")}),
+        ("mixtral", "block_sparse_moe.", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+        ("lfm2_moe", "feed_forward.", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+        ("nemotron_h", "mixer.", {"fc1": "up_proj", "fc2": "down_proj"}),
+    ],
+)
+def test_stacks_of_experts(tmp_path, model_type, module, names):
+    mlx, expected = stacks(f"{LAYER}.{module}", names)
+    if model_type == "lfm2_moe":  # whose dense layers have other names too
+        dense = torch.randn(INNER, H)
+        mlx["model.layers.1.feed_forward.up_proj.weight"] = dense
+        expected["model.layers.1.feed_forward.w3.weight"] = dense
+    check(back(tmp_path, model_type, mlx), expected)
+
+
+def test_granite_keeps_gate_and_up_in_one(tmp_path):
+    module = f"{LAYER}.block_sparse_moe."
+    both, down = torch.randn(E, 2 * INNER, H), torch.randn(E, H, INNER)
+    mlx = {
+        f"{module}switch_mlp.gate_proj.weight": both[:, :INNER],
+        f"{module}switch_mlp.up_proj.weight": both[:, INNER:],
+    }
+    mlx[f"{module}switch_mlp.down_proj.weight"] = down
+    expected = {f"{module}input_linear.weight": both, f"{module}output_linear.weight": down}
+    check(back(tmp_path, "granitemoe", mlx), expected)
+
+
+def test_llama_4_has_its_stacks_among_the_experts(tmp_path):
+    module, up = f"{LAYER}.feed_forward.", torch.randn(E, INNER, H)
+    found = back(tmp_path, "llama4_text", {f"{module}experts.up_proj.weight": up})
+    check(found, {f"{module}experts.{e}.up_proj.weight": up[e] for e in range(E)})
+
+
+def test_latent_attention(tmp_path):
+    """kv_b_proj [A (K + V), R] is split by head, and its keys are turned."""
+    heads, keys, values, rank = 2, 3, 5, 7
+    whole = torch.randn(heads, keys + values, rank)
+    stem = f"{LAYER}.self_attn."
+    mlx = {f"{stem}embed_q.weight": whole[:, :keys].mT, f"{stem}unembed_out.weight": whole[:, keys:]}
+    check(back(tmp_path, "deepseek_v3", mlx), {f"{stem}kv_b_proj.weight": whole.reshape(-1, rank)})
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_convolutions_and_the_norms_that_go_with_them(tmp_path, converted):
+    """mlx-lm turns [C, 1, K] and adds one to these norms, and does neither to a file where it is done."""
+    conv, norms = torch.randn(H, 1, 3), ("input_layernorm", "self_attn.q_norm", "linear_attn.norm")
+    expected = {f"{LAYER}.linear_attn.conv1d.weight": conv}
+    expected |= {f"{LAYER}.{norm}.weight": torch.randint(-8, 8, (H,)) / 16 for norm in norms}
+    expected["model.norm.weight"] = torch.tensor([0.25, -0.5, 0.0, 1.0])
+    mlx = dict(expected)
+    if converted:
+        mlx[f"{LAYER}.linear_attn.conv1d.weight"] = conv.mT
+        for name in ("model.norm.weight", f"{LAYER}.input_layernorm.weight", f"{LAYER}.self_attn.q_norm.weight"):
+            mlx[name] = expected[name] + 1
+    check(back(tmp_path, "qwen3_next", mlx), expected)
