@@ -35,20 +35,21 @@ def run(report: Mapping[str, Any], settings: Settings) -> tuple[Check, ...]:
     return tuple(check for rule in CHECKS for check in rule(report, settings))
 
 
-def closing(checks: Sequence[Mapping[str, Any]]) -> str:
+def closing(checks: Sequence[Check]) -> str:
     """The last line for a person: how many passed, failed and were not tested, and what a warning means."""
-    counts = Counter(check["status"] for check in checks)
-    warned = [check["name"] for check in checks if check["warning"] and check["status"] == PASS]
-    failed = [check["name"] for check in checks if check["status"] == FAIL]
-    untested = [check["name"] for check in checks if check["status"] == NOT_TESTED]
+    counts = Counter(check.status for check in checks)
+    warned = [check.name for check in checks if check.warning and check.status == PASS]
+    failed = [check.name for check in checks if check.status == FAIL]
+    untested = [check.name for check in checks if check.status == NOT_TESTED]
     parts = [f"{counts[FAIL]} failed ({', '.join(failed)})"] if failed else []
     parts.append(f"{counts[PASS]} of {len(checks)} checks passed")
     if untested:
         parts.append(f"{counts[NOT_TESTED]} not tested ({', '.join(untested)})")
     text = ", ".join(parts)
     if warned:
-        text += f"; {len(warned)} of them with a warning ({', '.join(warned)}): a clear difference to the parent, but "
-        text += "within the limit. Nothing is broken; whether you can do without what was lost is yours to say"
+        names = ", ".join(warned)
+        text += f"; {len(warned)} of them with a warning ({names}), which is no failure: worse than the parent within "
+        text += "the limit, or too few samples to be sure; see whether you can do without what was lost"
     return text
 
 

@@ -41,6 +41,7 @@ def judge(case: Case | None, settings: Settings, key: str) -> dict[str, Any]:
     verdicts = checks.run(report, settings)
     report["checks"] = [metadata.plain(check) for check in verdicts]
     report["verdict"] = checks.FAIL if any(c.status == checks.FAIL for c in verdicts) else checks.PASS
+    report["summary"] = checks.closing(verdicts)
     report["warnings"] = [f"{c.name}: {c.reason}" for c in verdicts if c.warning] + console.warnings()
     report["timing"] = {"total_s": round(time.monotonic() - start, 3)}
     return report

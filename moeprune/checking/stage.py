@@ -7,7 +7,6 @@ from typing import Any
 from moeprune import console, metadata
 from moeprune.checking import lm_eval, model_card, report
 from moeprune.checking.case import Case, find, fingerprint
-from moeprune.checking.checks import closing
 from moeprune.errors import ResultError, UsageError
 from moeprune.results import FILES, VERDICT
 from moeprune.settings import Settings
@@ -59,6 +58,6 @@ def show(result: dict[str, Any]) -> None:
     for check in result["checks"]:
         mark = "warning" if check["warning"] and check["status"] == "pass" else check["status"]
         console.say(f"{mark:>10}  {check['name']}: {check['reason']}")
-    console.say(f"{result['verdict']:>10}  {closing(result['checks'])}")
+    console.say(f"{result['verdict']:>10}  {result['summary']}")
     for line in lm_eval.lines(result.get("lm_eval", {})):
         console.say(line)

@@ -151,10 +151,7 @@ def test_without_a_parent_only_what_needs_none_is_tested():
 
 def test_the_last_line_counts_and_says_what_a_warning_is():
     def closing(changes: dict[str, Any]) -> str:
-        return checks.closing([vars_of(check) for check in checks.run(report(**changes), Settings())])
-
-    def vars_of(check: checks.Check) -> dict[str, Any]:
-        return {"name": check.name, "status": check.status, "warning": check.warning}
+        return checks.closing(checks.run(report(**changes), Settings()))
 
     assert closing({}).startswith("13 of 13 checks passed; 7 of them with a warning (KL, loss, same top token, worst")
     failing = closing({"loop": rate(48, 800, 24), "structure": None})

@@ -9,7 +9,7 @@ import numpy as np
 
 from moeprune import console
 from moeprune.checking.report import numbers
-from moeprune.checking.report.drawing import Chart, Line, bars, draw, heat_map
+from moeprune.checking.report.drawing import Chart, HeatMap, Line, bars, draw, heat_map
 from moeprune.checking.report.markup import Html, chip, join, number, percent, section, table, tag
 from moeprune.metadata import Array, Sums
 
@@ -39,7 +39,8 @@ def head(recipe: Json, test: Json) -> Html:
         words.append(f"chosen by {plan.get('how', {}).get('metric', 'a plan')}")
     if facts.get("model_type"):
         words.append(str(facts["model_type"]))
-    verdict = tag("p", chip(test["verdict"]), " the verdict of the judge", class_="verdict") if test else None
+    said = test.get("summary", "the verdict of the judge")
+    verdict = tag("p", chip(test["verdict"]), f" {said}", class_="verdict") if test else None
     return tag("header", tag("p", "Expert pruning report", class_="eyebrow"), tag("h1", model_name(recipe, test)),
                tag("p", " \u00b7 ".join(words), class_="lead"), verdict)  # fmt: skip
 
@@ -86,9 +87,30 @@ def experts(recipe: Json) -> Html | None:
                  "full cell: kept, small cell: removed", class_="note")  # fmt: skip
     titles = [f"{layer.block}: {len(layer.kept)} of {len(layer.score_E)} kept" for layer in layers]
     colours = [numbers.steps(layer.score_E) for layer in layers]
-    picture = heat_map([_short(layer.block) for layer in layers], colours, [layer.kept for layer in layers], titles)
-    return section("Experts", controls, picture, legend, anchor="experts",
+    cells = HeatMap([_short(layer.block) for layer in layers], colours, [layer.kept for layer in layers], titles,
+                    [layer.for_images for layer in layers])  # fmt: skip
+    return section("Experts", controls, heat_map(cells), legend, _for_images(layers), anchor="experts",
                    note="Rows are layers, columns are experts; wide models scroll sideways.")  # fmt: skip
+
+
+def _for_images(layers: list[numbers.Layer]) -> Html | None:
+    """Which experts work mostly for images, and how many of them are lost."""
+    seeing = [layer for layer in layers if layer.for_images]
+    if not seeing:
+        return None
+    total = sum(len(layer.for_images) for layer in seeing)
+    stay = sum(len(layer.for_images & layer.kept) for layer in seeing)
+    rows = [
+        (
+            (_short(layer.block), number),
+            ", ".join(map(str, sorted(layer.for_images & layer.kept))) or "\u2013",
+            ", ".join(map(str, sorted(layer.for_images - layer.kept))) or "\u2013",
+        )
+        for number, layer in enumerate(layers)
+        if layer.for_images
+    ]
+    said = f"{total} experts work mostly for images (framed above); {stay} of them are kept."
+    return join((tag("p", said, class_="sentence"), table(("layer", "kept", "removed"), rows)))
 
 
 def heat_data(recipe: Json) -> Json:
@@ -109,25 +131,41 @@ def _digits(values: Array) -> str:
 
 
 def curves(recipe: Json) -> Html | None:
-    """How unevenly work and saliency are spread: the reason why pruning works at all."""
-    layers, _ = _layers(recipe)
+    """What each domain keeps with fewer experts, and how unevenly the tokens are spread over them."""
+    layers, domains = _layers(recipe)
     if not layers:
         return None
     kept = sum(len(layer.kept) for layer in layers) / sum(len(layer.score_E) for layer in layers)
     mark = (kept, f"{percent(kept, 0)} kept")
-    saliency = [layer.saliency_DE.mean(0) for layer in layers]
-    charts = (("score", saliency), ("tokens", [layer.load_E for layer in layers]))
-    return section("Load and coverage", tag("div", *(draw(_spread(n, rows, mark)) for n, rows in charts), class_="two"),
-                   note="Share that the largest experts hold together: mean over the layers, and a band from the most "
-                   "even to the most uneven layer. The diagonal would mean that all experts matter alike.")  # fmt: skip
+    charts = (_coverage(layers, domains, mark), _spread("tokens", [layer.load_E for layer in layers], mark))
+    return section("Load and coverage", tag("div", *map(draw, charts), class_="two"),
+                   note="Coverage: what the best experts by the plan's score hold of each domain's score, mean over "
+                   "the layers; the band goes from the worst domain to the best. Load: what the busiest experts get "
+                   "of all tokens; the band goes from the most even layer to the most uneven.")  # fmt: skip
+
+
+def _coverage(layers: list[numbers.Layer], domains: tuple[str, ...], mark: tuple[float, str]) -> Chart:
+    x_C, held_DC = numbers.coverage(layers)
+    there = [d for d in range(len(domains)) if held_DC[d].any()]
+    held_DC, names = held_DC[there], [domains[d] for d in there]
+    at = int(np.abs(x_C - mark[0]).argmin())
+    worst = int(held_DC[:, at].argmin())
+    xs = x_C.tolist()
+    lines = [Line("mean over domains", list(zip(xs, held_DC.mean(0).tolist(), strict=True)),
+                  held_DC.min(0).tolist(), held_DC.max(0).tolist())]  # fmt: skip
+    if len(names) > 1:
+        lines.append(Line(f"worst at this cut: {names[worst]}", list(zip(xs, held_DC[worst].tolist(), strict=True))))
+    lines.append(Line("all experts alike", [(0, 0), (1, 1)], dashed=True))
+    return Chart("share of the experts, best score first", "Coverage: share of the score held", lines, x_percent=True,
+                 y_percent=True, upright=mark, y_most=1.0)  # fmt: skip
 
 
 def _spread(name: str, rows: list[Array], mark: tuple[float, str]) -> Chart:
     x_C, curves_LC = numbers.cumulative(rows)
     points = list(zip(x_C.tolist(), curves_LC.mean(0).tolist(), strict=True))
     band = Line(f"share of {name}", points, curves_LC.min(0).tolist(), curves_LC.max(0).tolist())
-    even = Line("all alike", [(0, 0), (1, 1)], dashed=True)
-    return Chart("share of the experts, largest first", f"Share of {name} held", [band, even], x_percent=True,
+    even = Line("all experts alike", [(0, 0), (1, 1)], dashed=True)
+    return Chart("share of the experts, busiest first", f"Load: share of {name} held", [band, even], x_percent=True,
                  y_percent=True, upright=mark, y_most=1.0)  # fmt: skip
 
 

@@ -157,27 +157,38 @@ def _legend(chart: Chart) -> Html:
     return tag("figcaption", tag("b", chart.y_title), *items)
 
 
-def heat_map(
-    names: Sequence[str], colours: Sequence[Sequence[int]], kept: Sequence[frozenset[int]], titles: Sequence[str]
-) -> Html:
-    """One row per layer, one cell per expert: full when it stays, small when it goes. The page's script orders it."""
-    count = max(map(len, colours), default=0)
+@dataclass(frozen=True)
+class HeatMap:
+    """Rows of cells: by layer its name, each expert's colour, those that are kept, a title, and those to be framed."""
+
+    names: Sequence[str]
+    colours: Sequence[Sequence[int]]
+    kept: Sequence[frozenset[int]]
+    titles: Sequence[str]
+    framed: Sequence[frozenset[int]]
+
+
+def heat_map(chart: HeatMap) -> Html:
+    """One row per layer, one cell per expert: full when kept, small when removed. The page's script orders it."""
+    names, count = chart.names, max(map(len, chart.colours), default=0)
     rows = []
-    for row, (steps_E, stays) in enumerate(zip(colours, kept, strict=True)):
-        cells = [_heat_cell(expert, step, expert in stays) for expert, step in enumerate(steps_E)]
-        rows.append(tag("g", tag("title", titles[row]), *cells, transform=f"translate(0 {row})", class_="row"))
-    picture = tag("svg", *rows, viewBox=f"0 0 {count} {len(colours)}", id="heat", role="img",
+    for row, (steps_E, stays) in enumerate(zip(chart.colours, chart.kept, strict=True)):
+        framed = chart.framed[row]
+        cells = [_heat_cell(expert, step, expert in stays, expert in framed) for expert, step in enumerate(steps_E)]
+        rows.append(tag("g", tag("title", chart.titles[row]), *cells, transform=f"translate(0 {row})", class_="row"))
+    picture = tag("svg", *rows, viewBox=f"0 0 {count} {len(chart.colours)}", id="heat", role="img",
                   preserveAspectRatio="none", aria_label="layers by experts",
                   style=f"--columns:{count}")  # fmt: skip
     every = math.ceil(len(names) / LABELS)
     labels = join(tag("span", name if row % every == 0 else "") for row, name in enumerate(names))
     box = tag("div", picture, class_="scroll", tabindex=0, role="region", aria_label="heat map")
-    return tag("div", tag("div", labels, class_="rows"), box, class_="heat", style=f"--rows:{len(colours)}")
+    return tag("div", tag("div", labels, class_="rows"), box, class_="heat", style=f"--rows:{len(chart.colours)}")
 
 
-def _heat_cell(expert: int, step: int, stays: bool) -> Html:
+def _heat_cell(expert: int, step: int, stays: bool, framed: bool) -> Html:
     size, inset = (0.92, 0.04) if stays else (0.4, 0.3)
-    return Html(f'<rect class="h{step}" x="{expert + inset:g}" y="{inset}" width="{size}" height="{size}"/>')
+    frame = " framed" if framed else ""
+    return Html(f'<rect class="h{step}{frame}" x="{expert + inset:g}" y="{inset}" width="{size}" height="{size}"/>')
 
 
 def bars(rows: Sequence[tuple[str, float]], most: float = 1.0) -> Html:

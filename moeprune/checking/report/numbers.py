@@ -5,7 +5,7 @@ Legend: D domains, E experts, C points of a curve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,23 +27,31 @@ class Layer:
     score_E: Array
     load_E: Array  # share of the routed slots
     saliency_DE: Array  # each domain's share
+    for_images: frozenset[int]  # experts that work mostly for images
 
 
 def layers(sums: Sums, plan: dict[str, Any]) -> list[Layer]:
     """Every block with scores, in order."""
-    scores = {entry["block"]: entry.get("scores") or [] for entry in plan.get("blocks", [])}
+    entries = {entry["block"]: entry for entry in plan.get("blocks", [])}
     keep = plan.get("keep", {})
     return [
-        _layer(block, keep.get(block.block, range(block.experts)), scores.get(block.block)) for block in sums.blocks
+        _layer(block, keep.get(block.block, range(block.experts)), entries.get(block.block, {}))
+        for block in sums.blocks
     ]
 
 
-def _layer(block: BlockSums, kept: Sequence[int], score: Sequence[float] | None) -> Layer:
+def _layer(block: BlockSums, kept: Sequence[int], entry: Mapping[str, Any]) -> Layer:
+    score = entry.get("scores")
     saliency_DE = next(block.values[n] for n in ("gate_norm_sum", "full_sum", "router_sum") if n in block.values)
     count_E = block.values.get("count", saliency_DE).sum(0)
     score_E = np.asarray(score, dtype=np.float64) if score else saliency_DE.sum(0)
     return Layer(
-        block.block, frozenset(kept), score_E, _share(count_E), np.stack([_share(row_E) for row_E in saliency_DE])
+        block=block.block,
+        kept=frozenset(kept),
+        score_E=score_E,
+        load_E=_share(count_E),
+        saliency_DE=np.stack([_share(row_E) for row_E in saliency_DE]),
+        for_images=frozenset(entry.get("for_images", ())),
     )
 
 
@@ -75,3 +83,17 @@ def cumulative(rows: Sequence[Array]) -> tuple[NDArray[np.float64], NDArray[np.f
         sums = np.concatenate([[0.0], np.cumsum(np.sort(row_E)[::-1])])
         curves.append(np.interp(x_C, np.linspace(0, 1, len(sums)), sums))
     return x_C, np.array(curves)
+
+
+def coverage(layers: Sequence[Layer]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What the best experts by the plan's score hold of each domain's score, mean over the layers: x_C, [D, C]."""
+    x_C = np.linspace(0, 1, POINTS)
+    curves = []
+    for layer in layers:
+        sums_DE = np.cumsum(layer.saliency_DE[:, order(layer.score_E)], axis=1)
+        places = np.linspace(0, 1, sums_DE.shape[1] + 1)
+        curves.append([np.interp(x_C, places, np.concatenate([[0.0], row_E])) for row_E in sums_DE])
+    curves_LDC = np.array(curves)
+    seen_LD = curves_LDC[:, :, -1] > 0  # a domain that left no trace in a layer says nothing there
+    total_DC = (curves_LDC * seen_LD[:, :, None]).sum(0)
+    return x_C, total_DC / np.maximum(seen_LD.sum(0), 1)[:, None]

@@ -47,7 +47,8 @@ if (heat) {
         const cell = cells[expert];
         const inset = cell.width.baseVal.value > 0.5 ? 0.04 : 0.3;
         cell.setAttribute("x", place + inset);
-        cell.setAttribute("class", `h${data.colours[colour.value][layer][expert]}`);
+        const frame = cell.classList.contains("framed") ? " framed" : "";
+        cell.setAttribute("class", `h${data.colours[colour.value][layer][expert]}${frame}`);
       });
     });
   };
