@@ -25,7 +25,7 @@ for detail in ("a detail that is longer than the line", "short", "the last line 
 def test_a_progress_line_is_no_wider_than_the_terminal():
     terminal, ours = os.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
-    process = subprocess.run([sys.executable, "-c", PROGRESS], cwd=ROOT, stderr=ours, stdout=subprocess.DEVNULL)
+    process = subprocess.run([sys.executable, "-c", PROGRESS], stderr=ours, stdout=subprocess.DEVNULL)
     os.close(ours)
     first, second, last = os.read(terminal, 10_000).decode().removeprefix("\r\x1b[K").split("\r\x1b[K")
     os.close(terminal)

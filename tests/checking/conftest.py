@@ -19,7 +19,7 @@ def scored(tmp_path_factory) -> Path:
     """An output folder with the scores of the demo model."""
     output = tmp_path_factory.mktemp("scored")
     paths = ["--model-path", DEMO, "--calibration-path", ROOT / "demo" / "calibration.jsonl", "--output-path", output]
-    subprocess.run([sys.executable, ROOT / "reap.py", *paths, "--device", "cpu"], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, ROOT / "reap.py", *paths, "--device", "cpu"], check=True)
     return output
 
 

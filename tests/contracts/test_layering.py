@@ -76,8 +76,8 @@ def test_verification_shares_no_code_with_what_it_checks():
 
 @pytest.mark.parametrize("script", ["prune_model.py", "reap.py", "test_pruned_model.py"])
 def test_a_script_answers_before_torch_is_loaded(script):
-    command = [sys.executable, "-X", "importtime", script, "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "argparse" in loaded
@@ -99,8 +99,8 @@ def test_a_script_answers_before_torch_is_loaded(script):
 def test_words_that_mean_nothing_are_refused_first(script, words):
     """Before the model or the scores are looked for, and before torch is loaded."""
     environ = {**os.environ, "REAP_METRIC": "foo"} if script == "combine.py" else os.environ
-    command = [sys.executable, "-X", "importtime", script, "--output-path", "/nowhere", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", ROOT / script, "--output-path", "/nowhere", *words]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
     *imported, last = done.stderr.splitlines()
     assert done.returncode == 2, last
     assert any(word in last for word in ("foo", "code", "--ratios", "ollama")), last

@@ -12,7 +12,6 @@ from moeprune.envfile import read_dotenv
 from moeprune.errors import UsageError
 from moeprune.settings import FIELDS, Settings, resolve
 from moeprune.values import amount
-from tests.contracts.documents import ROOT
 
 
 @pytest.fixture
@@ -148,9 +147,7 @@ ENDS = {
 def test_each_end_of_a_stage_has_its_code_and_one_line():
     program = "import os, sys\nfrom moeprune import errors\ndef stage(argv):\n    {}\nerrors.run(stage)"
     started = {
-        body: subprocess.Popen(
-            [sys.executable, "-c", program.format(body)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
+        body: subprocess.Popen([sys.executable, "-c", program.format(body)], stderr=subprocess.PIPE, text=True)
         for body in ENDS
     }
     for body, process in started.items():

@@ -316,5 +316,5 @@ def test_starts_without_torch(parent: Path, tmp_path: Path) -> None:
     plan = cutting.write_plan(tmp_path / "plan.json", {f"model.layers.{i}": [0, 3, 5] for i in range(3)})
     code = "import sys, prune_model; prune_model.main(sys.argv[1:]); print(*{'torch', 'transformers'} & {*sys.modules})"
     flags = ["--model-path", str(parent), "--plan", str(plan), "--output-path", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=cutting.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
     assert done.stdout.splitlines() == [f"{tmp_path}/parent-reap-3of8", ""], done.stderr

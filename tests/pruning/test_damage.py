@@ -49,7 +49,7 @@ def test_killed_in_the_middle_and_run_again(parent: Path, tmp_path: Path, flags:
         "    return path\n"
         "writer.write_file = slow; prune_model.main(sys.argv[1:])"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=cutting.ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"now\n"
     os.kill(process.pid, signal.SIGKILL)
@@ -77,7 +77,6 @@ def test_interrupted_leaves_nothing(parent: Path, tmp_path: Path, flags: list[st
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *flags],
-        cwd=cutting.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -97,9 +96,7 @@ def test_two_at_once(parent: Path, tmp_path: Path, flags: list[str]) -> None:
         "with writer.beside(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').touch(); print('now', flush=True); signal.pause()"
     )
-    first = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "child")], cwd=cutting.ROOT, stdout=subprocess.PIPE
-    )
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "child")], stdout=subprocess.PIPE)
     assert first.stdout is not None
     first.stdout.readline()
     one_line(cutting.run(*flags, cwd=tmp_path), 4, "another run is writing")
@@ -123,7 +120,7 @@ def test_no_space_left(parent: Path, tmp_path: Path, flags: list[str]) -> None:
         argv = [*flags[:-1], str(small / "child")]
         one_line(cutting.run(*argv, cwd=tmp_path), 4, "needs", "free")
         command = [sys.executable, "-c", tell_nothing, *argv]
-        done = subprocess.run(command, cwd=cutting.ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         one_line(done, 4, "no space left", str(small))
         assert list(small.iterdir()) == []
     finally:
@@ -136,7 +133,7 @@ def test_file_too_large_for_the_file_system(parent: Path, tmp_path: Path, flags:
         "import resource, sys, prune_model; from moeprune import errors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); errors.run(prune_model.main)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=cutting.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
     one_line(done, 4, "as large as")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
 
@@ -167,7 +164,7 @@ def test_source_cut_while_it_is_read(parent: Path, tmp_path: Path, flags: list[s
         "writer.write_file = cutting; errors.run(lambda argv: prune_model.main(argv[:-1]))"
     )
     argv = ["--model-path", str(damaged), *flags[2:], str(shard)]
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=cutting.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     one_line(done, 3, shard.name, "ends at byte")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "plan.json"]
 
