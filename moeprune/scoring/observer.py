@@ -123,7 +123,9 @@ class Observer:
                 "model needs an adapter of its own in moeprune/scoring/adapters.py"
             )
         tally = self._tallies[site.path]
-        site.slots = Slots(expert_S, token_S, bucket_T[token_S], gate_S.double() * site.factor)
+        # An expert times nothing is none that the router chose: so a token skips them all in Zaya.
+        bucket_S = torch.where(gate_S == 0, tally.buckets - 1, bucket_T[token_S])
+        site.slots = Slots(expert_S, token_S, bucket_S, gate_S.double() * site.factor)
         tally.add_tokens(bucket_T)
         tally.add_gates(site.slots.expert_S, site.slots.bucket_S, site.slots.gate_S)
         if self.mode == "router":
@@ -203,22 +205,27 @@ def scoring_function(scores_TE: torch.Tensor, slots: Slots) -> str:
     """How this router turns its output into scores: the function that its gate values are proportional to.
 
     A router may put out logits or scores. Among the experts chosen for a token, gate / score is the same for the right
-    function, renormalised and scaled or not.
+    function, renormalised and scaled or not. Of one expert for each token the gates of all tokens are compared.
     """
+    chosen_S = slots.gate_S != 0
+    token_S, expert_S, gate_S = slots.token_S[chosen_S], slots.expert_S[chosen_S], slots.gate_S[chosen_S]
+    alone = len(token_S.unique()) == len(token_S)
     if bool((scores_TE >= 0).all()) and torch.allclose(scores_TE.double().sum(-1), torch.ones(()).double(), atol=1e-2):
         return "identity"
+    if alone and bool((gate_S == gate_S[:1]).all()):  # they tell nothing
+        return "softmax"
+    group_S = torch.zeros_like(token_S) if alone else token_S
     spreads = {}
     for name, function in SCORING.items():
-        ratio_S = slots.gate_S / function(scores_TE.double())[slots.token_S, slots.expert_S].clamp_min(1e-30)
+        ratio_S = gate_S / function(scores_TE.double())[token_S, expert_S].clamp_min(1e-30)
         top_T = torch.zeros(len(scores_TE), dtype=torch.float64, device=ratio_S.device)
         sum_T, square_T, count_T = top_T, top_T.clone(), top_T.clone()
-        sum_T.index_add_(0, slots.token_S, ratio_S)
-        square_T.index_add_(0, slots.token_S, ratio_S.square())
-        count_T.index_add_(0, slots.token_S, torch.ones_like(ratio_S))
+        sum_T.index_add_(0, group_S, ratio_S)
+        square_T.index_add_(0, group_S, ratio_S.square())
+        count_T.index_add_(0, group_S, torch.ones_like(ratio_S))
         mean_T = sum_T / count_T.clamp_min(1)
-        spreads[name] = float(
-            (square_T / count_T.clamp_min(1) - mean_T.square()).clamp_min(0).sum() / sum_T.square().sum()
-        )
+        variance_T = (square_T / count_T.clamp_min(1) - mean_T.square()).clamp_min(0)
+        spreads[name] = float(variance_T.sum() / mean_T.square().sum())
     return min(spreads, key=lambda name: (spreads[name] > 1e-6, spreads[name] if spreads[name] > 1e-6 else 0))
 
 
