@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from moeprune.checkpoint.folder import INDEX, Checkpoint, open_checkpoint
+from moeprune.checkpoint.folder import INDEX, Checkpoint, innermost, open_checkpoint
 from moeprune.checkpoint.headers import Tensor
 from moeprune.checkpoint.predicted import index_of, predicted, without_weights
 from moeprune.errors import InputError, MachineError, UsageError
@@ -44,9 +44,13 @@ def open_outline(model: str, token: str = "") -> Outline:
     repo, _, revision = model.partition("@")
     try:
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise MachineError(f"huggingface_hub is not installed, so {repo} cannot be asked for; give a folder") from None
-    cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    try:
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    except HFValidationError:
+        raise InputError(f"no folder at {repo}, and no model of the hub has such a name; check the path") from None
     if isinstance(cached, str) and _is_complete(Path(cached).parent):
         return Outline(open_checkpoint(Path(cached).parent), True, "headers in the hub's cache on this disk")
     return Outline(_from_hub(repo, revision or None, token), True, "headers at the hub")
@@ -69,6 +73,7 @@ def _from_hub(repo: str, revision: str | None, token: str) -> Checkpoint:
         HfHubHTTPError,
         NotASafetensorsRepoError,
         RepositoryNotFoundError,
+        SafetensorsParsingError,
     )
 
     # The library lets errors of its HTTP client through, which is another package in each of its releases.
@@ -82,10 +87,10 @@ def _from_hub(repo: str, revision: str | None, token: str) -> Checkpoint:
             f"the hub shows no safetensors weights of {repo}: check the name; a private model needs HF_TOKEN, "
             "and a GGUF file has to be on this disk"
         ) from None
-    except (HfHubHTTPError, EntryNotFoundError, transport.HTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # What answers need not be a hub, and then sends anything.
+    except (HfHubHTTPError, EntryNotFoundError, SafetensorsParsingError, transport.HTTPError, OSError, ValueError) as e:
         raise MachineError(
-            f"{repo} is no folder here, and the hub did not answer ({reason}); "
+            f"{repo} is no folder here, and the hub did not answer ({innermost(e)}); "
             f"a folder with config.json and {INDEX} is enough"
         ) from None
     tensors = {}
