@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from moeprune.scoring.samples import find_columns, make_sample
 from moeprune.scoring.selection import choose, shares
 from moeprune.scoring.sources import Part, Source, parse_sources
 from moeprune.settings import Settings
+from tests.serving.servers import reserved_port
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 PAIR = [USER, ASSISTANT]
@@ -253,23 +253,17 @@ def asked(name: str, **environment: str) -> list[str]:
     return done.stderr.splitlines()
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
 @pytest.mark.parametrize(
     "environment",
     [
         pytest.param({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}, id="offline"),
-        pytest.param({"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}, id="nobody answers"),
+        pytest.param({"HF_ENDPOINT": "http://127.0.0.1:PORT"}, id="nobody answers"),
         pytest.param({"HF_ENDPOINT": "http://nowhere.invalid"}, id="no such name"),
     ],
 )
 def test_without_a_network_one_line_says_so_and_what_to_do(environment):
-    lines = asked("nobody/nothing", **environment)
+    with reserved_port() as port:
+        lines = asked("nobody/nothing", **{name: text.replace("PORT", str(port)) for name, text in environment.items()})
     assert len(lines) == 1, lines
     assert lines[0].startswith("MachineError: nobody/nothing: the hub cannot be reached")
     assert "give a local file" in lines[0]
