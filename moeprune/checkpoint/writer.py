@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -198,9 +199,11 @@ def index_text(files: Sequence[NewFile], old: Mapping[str, Any], elements_before
         counted = about.pop("total_parameters") == elements_before
         if counted:  # quantized checkpoints count otherwise, and then a sum of elements would be wrong
             about["total_parameters"] = sum(math.prod(entry.shape) for entry, _ in entries.values())
-    weight_map = {name: file.name for name, (_, file) in sorted(entries.items())}
     rest = {key: value for key, value in old.items() if key not in ("metadata", "weight_map")}
-    return json.dumps({"metadata": about, **rest, "weight_map": weight_map}, indent=2, ensure_ascii=False) + "\n"
+    begun = json.dumps({"metadata": about, **rest}, indent=2, ensure_ascii=False).removesuffix("\n}")
+    # Line by line: with an indentation, the library takes three times as long for 100,000 tensors.
+    lines = (f"    {quoted(name)}: {quoted(file.name)}" for name, (_, file) in sorted(entries.items()))
+    return begun + ',\n  "weight_map": {\n' + ",\n".join(lines) + "\n  }\n}\n"
 
 
 def check_room(target: Path, needed: int) -> None:

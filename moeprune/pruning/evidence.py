@@ -155,8 +155,7 @@ def expert_number(name: str, block: str) -> tuple[int, int] | None:
     """(place among the dotted parts, number) of the expert that a tensor of a block belongs to."""
     parts = name.split(".")
     for place in range(block.count(".") + 2, len(parts)):
-        found = NUMBER.fullmatch(parts[place])
-        if found and parts[place - 1] in NUMBERED:
+        if parts[place - 1] in NUMBERED and (found := NUMBER.fullmatch(parts[place])):
             return place, int(found[2])
     return None
 

@@ -7,6 +7,7 @@ what a growing file holds, so that it is not idle until the first one is finishe
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from moeprune.pruning import result
 from moeprune.pruning.result import Result
 
 THREADS = min(4, os.cpu_count() or 1)  # of each kind; more only wait for the memory or the disk
+SWITCH = 0.0005  # seconds that one thread keeps the interpreter; with the usual 5 ms the copying waits for the proof
 PAUSE = 0.02  # seconds from one request that the disk begin with a file to the next
 
 
@@ -74,7 +76,10 @@ class Crew:
 @contextmanager
 def crew() -> Iterator[Crew]:
     """The threads; after an error they stop at their next step."""
+    before = sys.getswitchinterval()
     with ExitStack() as stack:
+        stack.callback(sys.setswitchinterval, before)
+        sys.setswitchinterval(SWITCH)
         syncing, proving, copying = (stack.enter_context(ThreadPoolExecutor(THREADS)) for _ in range(3))
         made = Crew(copying, syncing, proving)
         try:

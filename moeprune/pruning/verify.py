@@ -66,8 +66,12 @@ class Verification:
         return evidence.header_of(path, made=True)
 
     def _block_of(self, name: str) -> str:
-        parts = name.split(".")
-        block = next((p for depth in self.depths if (p := ".".join(parts[:depth])) in self.keep), "")
+        block = ""
+        for depth in self.depths:
+            start = ".".join(name.split(".", depth)[:depth])
+            if start in self.keep:
+                block = start
+                break
         return block + VISION if name.endswith("weight_1") and block + VISION in self.keep else block
 
     def _quantized_router(self, name: str) -> str:
