@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import forecast  # noqa: E402
 from benchmarks.drawing import Column, dots, heat  # noqa: E402
 
 Result = Mapping[str, Any]
@@ -216,15 +217,16 @@ def made(entry: tuple[str, Callable[[Result], str]]) -> str:
 
 def measurements() -> str:
     """The page with everything that was measured."""
-    return PAGE.format(
+    numbers = {
+        key: text for name in ("special_tokens", "methods", "calibration") for key, text in _numbers(name).items()
+    }
+    page = PAGE.format(
         methods=made(("methods.json", methods_table)),
         **{name.replace(" ", "_"): made(entry) for name, entry in TABLES.items() if name != "methods"},
-        **{
-            key: value for name in ("special_tokens", "methods", "calibration") for key, value in _numbers(name).items()
-        },
-        **_special_numbers(),
+        **(numbers | _special_numbers()),
         limits=LIMITS,
     )
+    return page + "\n" + made(("forecast.json", forecast.section))
 
 
 def _numbers(name: str) -> dict[str, str]:

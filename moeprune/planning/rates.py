@@ -71,7 +71,7 @@ def computing(device: str, width: int) -> Rate:
     """Operations per second of scoring with numbers of so many bytes, for the device that --device names."""
     has_gpu = device in {"auto", "cuda"} and shutil.which("nvidia-smi") is not None
     if not has_gpu and device in {"auto", "cpu"}:
-        flops, share = products(), SHARE_16_BIT if width == 2 and has_16_bit() else SHARE
+        flops, share = products(), scoring_share(width)
         source = f"measured: {share:.0%} of the {flops / 1e12:.3g} TFLOP/s of a product of matrices on this CPU"
         return Rate(share * flops, source)
     found = gpu_products() if has_gpu else None
@@ -83,9 +83,13 @@ def computing(device: str, width: int) -> Rate:
     return Rate(SHARE_GPU * flops, source)
 
 
-def has_16_bit() -> bool:
-    """Whether this CPU multiplies in bfloat16: its flags name avx512_bf16, amx_bf16 or bf16."""
-    return CPU_FLAGS.is_file() and "bf16" in CPU_FLAGS.read_text(encoding="utf-8", errors="replace")
+def scoring_share(width: int) -> float:
+    """What scoring reaches of numpy's product on this CPU with numbers of so many bytes.
+
+    A CPU that multiplies in bfloat16 has avx512_bf16, amx_bf16 or bf16 among its flags.
+    """
+    knows_16_bit = CPU_FLAGS.is_file() and "bf16" in CPU_FLAGS.read_text(encoding="utf-8", errors="replace")
+    return SHARE_16_BIT if width == 2 and knows_16_bit else SHARE
 
 
 def products() -> float:
