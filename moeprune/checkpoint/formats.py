@@ -92,6 +92,7 @@ REFUSED = {
     "aqlm": "its weights are sums of codebook entries that this tool cannot decode",
     "vptq": "its weights are indices into codebooks that this tool cannot decode",
 }
+SHUFFLED = re.compile(r'"is_swizzled_scales": *true')  # torchao, beside a tensor
 PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 
 
@@ -144,6 +145,12 @@ def check_cuttable(checkpoint: Checkpoint, layout: Layout) -> None:
     """Refuse what slicing bytes would not cut exactly; most such cases structure.py has refused already."""
     stacked = {part.tensor for block in layout.blocks for part in block.parts if part.kind == "rows"}
     for shard, metadata in checkpoint.shard_metadata.items():
+        for name, text in metadata.items():
+            if SHUFFLED.search(text) and any(tensor.startswith(name.rpartition(".")[0]) for tensor in stacked):
+                raise InputError(
+                    f"{shard.name}: the scales of {name} are shuffled for a GPU, across experts, so they cannot be cut "
+                    "byte by byte; quantize with plain scales"
+                )
         for name, shape in _shapes_in(metadata):
             if shape[:1] == [layout.experts] and any(tensor.startswith(name.rpartition(".")[0]) for tensor in stacked):
                 raise InputError(

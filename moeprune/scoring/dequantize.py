@@ -46,6 +46,19 @@ DTYPES = {
 PACKED_TYPES = ("I8", "U8", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0")  # of which weights are not made by themselves
 
 
+def _by_type() -> dict[str, list[tuple[str, Format]]]:
+    """Type of the weight -> its ending and format, in the table's order: large models have a million names to match."""
+    found: dict[str, list[tuple[str, Format]]] = {}
+    for form in TABLE:
+        main, types = next(iter(form.endings.items()))
+        for one in types.split():
+            found.setdefault(one, []).append((main, form))
+    return found
+
+
+BY_TYPE = _by_type()
+
+
 def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
     """Plain name -> recipe, for every tensor of the checkpoint."""
     check_not_refused(checkpoint)
@@ -119,8 +132,7 @@ def _with(form: Format, settings: Quantization) -> Make:
 
 def _match(name: str, checkpoint: Checkpoint, quantization: Quantization) -> tuple[Format, str, dict[str, str]] | None:
     """The format whose weight this tensor is, its stem, and its companions."""
-    for form in TABLE:
-        main = next(iter(form.endings))
+    for main, form in BY_TYPE.get(checkpoint.tensors[name].dtype, ()):
         stem = name.removesuffix(main)
         whole = not main[:1].isalpha() or stem[-1:] in ("", ".")  # qweight is no weight
         if not name.endswith(main) or not whole or not form.applies(quantization):
@@ -141,7 +153,7 @@ class Lazy:
 
     def __init__(self, recipe: Recipe, stored: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device):
         self.recipe, self.dtype, self.device = recipe, dtype, device
-        self.stored = {ending: stored[name] for ending, name in recipe.sources.items()}
+        self.stored = recipe.of(stored)
 
     def __getitem__(self, _everything: Any) -> torch.Tensor:
         if self.recipe.make is None:

@@ -17,10 +17,16 @@ class Recipe:
 
     sources: Mapping[str, str]  # ending -> stored name
     make: Make | None = None
+    row: int | None = None  # of a stack: nothing but this row of each source is moved and decoded
+
+    def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What it is made of, by ending."""
+        found = {ending: tensors[name] for ending, name in self.sources.items()}
+        return found if self.row is None else {ending: tensor[self.row] for ending, tensor in found.items()}
 
 
 def made(recipe: Recipe, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
-    """The plain tensor."""
+    """The plain tensor, of what the recipe asks for."""
     return next(iter(stored.values())).to(dtype) if recipe.make is None else recipe.make(stored, dtype)
 
 
@@ -29,20 +35,12 @@ def together(parts: Sequence[Recipe], join: Callable[[list[torch.Tensor]], torch
     sources = {f"{i}/{ending}": name for i, part in enumerate(parts) for ending, name in part.sources.items()}
 
     def make(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
-        own = [{ending: stored[f"{i}/{ending}"] for ending in part.sources} for i, part in enumerate(parts)]
-        return join([made(part, tensors, dtype) for part, tensors in zip(parts, own, strict=True)])
+        by_name = {name: stored[key] for key, name in sources.items()}
+        return join([made(part, part.of(by_name), dtype) for part in parts])
 
     return Recipe(sources, make)
 
 
 def changed(recipe: Recipe, change: Callable[[torch.Tensor], torch.Tensor]) -> Recipe:
     """The same tensor turned, shifted or cut."""
-    return Recipe(recipe.sources, lambda stored, dtype: change(made(recipe, stored, dtype)))
-
-
-def row(recipe: Recipe, index: int) -> Recipe:
-    """One row along the first axis; nothing but that row is decoded."""
-    return Recipe(
-        recipe.sources,
-        lambda stored, dtype: made(recipe, {ending: tensor[index] for ending, tensor in stored.items()}, dtype),
-    )
+    return Recipe(recipe.sources, lambda stored, dtype: change(made(recipe, stored, dtype)), recipe.row)

@@ -94,12 +94,14 @@ def test_an_unknown_format_is_refused(tmp_path, settings):
         formats.format_of(written(tmp_path, settings))
 
 
-def test_a_shape_kept_beside_stacked_experts_is_refused(tmp_path):
+def test_what_torchao_keeps_beside_stacked_experts_may_forbid_the_cut(tmp_path):
     checkpoint = written(tmp_path, WRITTEN["torchao"])
     name = "model.layers.0.mlp.experts.down_proj"
     for data, refused in (
         ({"_type": "T", "block_size": [1, 4, 64]}, False),
         ({"_type": "T", "shape": [E, 4, 64]}, True),
+        ({"_type": "NVFP4Tensor", "is_swizzled_scales": False}, False),
+        ({"_type": "NVFP4Tensor", "is_swizzled_scales": True}, True),
     ):
         metadata = {"format": "pt", name: json.dumps({"_type": "X", "_data": data})}
         handmade.shard(checkpoint.folder / "model.safetensors", stacked(), metadata)
