@@ -136,16 +136,20 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(len(piece) if piece.isdigit() else 0, piece) for piece in re.split(r"(\d+)", name)]
 
 
+Numbered = Mapping[str, re.Match[str]]  # tensor of one expert of a module -> its name, taken apart
+
+
 def _block(module: str, tensors: Sequence[Tensor], hints: Hints) -> Block | None:
     """The block of one module from all tensors of its layer; None when it is a dense layer after all."""
     layer = _layer(module)
-    experts = _count_experts(module, tensors, hints)
+    numbered = {t.name: match for t in tensors if (match := _own(EXPERT, t, module))}
+    experts = _count_experts(module, tensors, numbered, hints)
     if experts < 1:
         raise InputError(f"{module}* looks like experts, but neither shapes nor config.json say how many there are")
-    parts = [part for tensor in tensors if (part := _part(tensor, module, layer, experts, hints))]
+    parts = [part for tensor in tensors if (part := _part(tensor, module, layer, experts, numbered, hints))]
     runs = {part.expert for part in parts if part.share > 1}
     parts = [replace(part, share=experts // len(runs)) if part.share > 1 else part for part in parts]
-    _check_complete(module, parts, experts * (2 if hints.two_kinds else 1))
+    _check_complete(module, parts, numbered, experts * (2 if hints.two_kinds else 1))
     if not any(part.router and _is_matrix(part, tensors) for part in parts):
         if not any(EXPERT.fullmatch(t.name) or STACKED.fullmatch(t.name) for t in tensors if t.name.startswith(module)):
             return None
@@ -160,9 +164,9 @@ def _is_matrix(part: Part, tensors: Sequence[Tensor]) -> bool:
     return any(tensor.name == part.tensor and len(tensor.shape) > 1 for tensor in tensors)
 
 
-def _count_experts(module: str, tensors: Sequence[Tensor], hints: Hints) -> int:
+def _count_experts(module: str, tensors: Sequence[Tensor], numbered: Numbered, hints: Hints) -> int:
     """E of a module: the highest number there is, or the size that most stacked tensors begin with."""
-    ids = [int(match["id"]) for t in tensors if (match := _own(EXPERT, t, module)) and not match["chunk"]]
+    ids = [int(match["id"]) for match in numbered.values() if not match["chunk"]]
     if ids:
         found = max(ids) + 1
         if hints.two_kinds:
@@ -181,9 +185,9 @@ def _own(pattern: re.Pattern[str], tensor: Tensor, module: str) -> re.Match[str]
     return match if match and match["module"] == module and not SHARED.search(match["rest"]) else None
 
 
-def _part(tensor: Tensor, module: str, layer: str, experts: int, hints: Hints) -> Part | None:
+def _part(tensor: Tensor, module: str, layer: str, experts: int, numbered: Numbered, hints: Hints) -> Part | None:
     """What a tensor of the layer has to do with these experts; None when it is to be copied as it is."""
-    if match := _own(EXPERT, tensor, module):
+    if match := numbered.get(tensor.name):
         return _expert_part(tensor, match, experts)
     inside = tensor.name.startswith(module)
     local = tensor.name[len(module) :]
@@ -262,11 +266,11 @@ def _refuse_unknown(tensor: Tensor, experts: int, hints: Hints) -> None:
         )
 
 
-def _check_complete(module: str, parts: Iterable[Part], experts: int) -> None:
+def _check_complete(module: str, parts: Iterable[Part], numbered: Numbered, experts: int) -> None:
     """Every expert must own the same tensors; a hole would become a wrong number after the cut."""
     by_suffix: dict[str, set[int]] = {}
     for part in parts:
-        if part.kind in ("expert", "tail") and part.share == 1 and (match := EXPERT.fullmatch(part.tensor)):
+        if part.kind in ("expert", "tail") and part.share == 1 and (match := numbered.get(part.tensor)):
             by_suffix.setdefault(part.tensor[match.end("id") :], set()).add(part.expert)
     for suffix, have in by_suffix.items():
         missing = sorted(set(range(experts)) - have)
