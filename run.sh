@@ -129,7 +129,7 @@ install_torch() {
 # --- container ------------------------------------------------------------------------------------------------------
 
 # The GPU service asks for a GPU and fails without one.
-service() { if [[ $1 == @(plan|prune|combine|batch) ]] || ! have_gpu; then echo reap-cpu; else echo reap; fi; }
+service() { if [[ $1 == @(prune|combine|batch) ]] || ! have_gpu; then echo reap-cpu; else echo reap; fi; }
 
 # The names of settings in the environment and in .env, without those that only this file reads.
 step_names() {

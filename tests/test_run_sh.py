@@ -186,7 +186,13 @@ def test_demo_stays_on_this_machine_unless_docker_is_asked_for(place):
 def test_only_steps_that_compute_ask_for_the_gpu(place):
     place.stub("docker")
     place.stub("nvidia-smi")
-    for verb, service in (("reap", "reap"), ("test", "reap"), ("preview", "reap"), ("prune", "reap-cpu")):
+    for verb, service in (
+        ("reap", "reap"),
+        ("test", "reap"),
+        ("preview", "reap"),
+        ("plan", "reap"),
+        ("prune", "reap-cpu"),
+    ):
         place.run(verb)
         assert f" {service} python3 " in place.steps()[-1]
 
