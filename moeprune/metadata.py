@@ -205,14 +205,23 @@ def _short(value: float) -> str:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file, or one clear line about why not. `what` names the file for a person."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unambiguous)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise InputError(f"no {what} at {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"there is no file at {path}, where {what} should be") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{what} at {path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{what} at {path} must be a JSON object, not a {type(data).__name__}")
     return data
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two different entries with one name, who could say which is meant?"""
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if entries.setdefault(name, value) != value:
+            raise ValueError(f"the name {name!r} appears twice")
+    return entries
 
 
 def read_result(path: Path, kind: str) -> dict[str, Any]:

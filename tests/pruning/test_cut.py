@@ -228,6 +228,14 @@ def test_unfit_plans_are_refused(parent: Path, tmp_path: Path, change, words: st
     assert words in refused(parent, tmp_path, {"keep": keep})
 
 
+def test_a_layer_that_a_plan_names_twice(parent: Path, tmp_path: Path) -> None:
+    """Of two lists nobody can say which is meant."""
+    lists = ", ".join(f'"model.layers.{i}": [0, 3, {last}]' for i in range(3) for last in (4, 5))
+    (tmp_path / "twice.json").write_text(f'{{"keep": {{{lists}}}}}')
+    with pytest.raises(InputError, match=r"'model\.layers\.0' appears twice"):
+        prune_model.main(["--model-path", str(parent), "--plan", str(tmp_path / "twice.json")])
+
+
 @pytest.mark.parametrize(
     "plan", [{}, {"keep": {}}, {"keep": [1]}, {"keep": {"model.layers.0": "0,1"}}, {"keep": {"a": [1.5]}}]
 )
