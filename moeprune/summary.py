@@ -32,7 +32,7 @@ def lines(folder: Path) -> Iterator[str]:
     yield ""
     yield f"size     {console.size(parent['bytes'])} -> {console.size(pruned['bytes'])}"
     yield from _quality(report)
-    yield f"verdict  {report['verdict']}: {report['summary']}"
+    yield f"verdict  {report['verdict']}: {report['summary'].partition(';')[0]}"
     yield f"model    {pruned['path']}"
     for name, meaning in SHOWN.items():
         if (folder / name).exists():

@@ -119,11 +119,11 @@ def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     if not generation:
         why = report.get("not_tested", {}).get("generation", "nothing generated")
         return [Check(name, NOT_TESTED, why) for name in TEXT_CHECKS]
-    rates = generation["rates"]
+    rates, within = generation["rates"], f"within {settings.max_new_tokens} tokens"
     found = [
         _broken(rates["broken"], settings.max_broken),
-        _more("loops", "loop", rates["loop"], settings.max_loops),
-        _more("endings", "do not end", rates["not ended"], settings.max_unended),
+        _more("loops", f"loop {within}", rates["loop"], settings.max_loops),
+        _more("endings", f"do not end {within}", rates["not ended"], settings.max_unended),
         _fewer("answers", rates["correct"], settings.min_answers),
         _fewer("JSON", rates["valid JSON"], settings.min_answers),
         _fewer("tool calls", rates["right JSON keys"], settings.min_answers),
@@ -134,6 +134,7 @@ def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     return [*found, _script(generation, settings)]
 
 
+ALIKE = "limit the parent's rate, but for chance"
 TEXT_CHECKS = ("generated text", "loops", "endings", "answers", "JSON", "tool calls", "script")
 
 
@@ -155,7 +156,7 @@ def _more(name: str, what: str, rates: Mapping[str, Any], limit: float) -> Check
     low, _ = statistics.difference((own["hits"], own["count"]), (parents["hits"], parents["count"]))
     text = f"{own['hits']} of {own['count']} texts {what}, {parents['hits']} of the parent's"
     more = own["rate"] - parents["rate"] if limit else low  # without a limit one more text is not yet a warning
-    return _above(name, text, (low, more), limit, limit=f"limit {limit:.0%} more", notable=low > 0)
+    return _above(name, text, (low, more), limit, limit=f"limit {limit:.0%} more" if limit else ALIKE, notable=low > 0)
 
 
 def _fewer(name: str, rates: Mapping[str, Any], limit: float) -> Check:

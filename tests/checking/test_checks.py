@@ -132,7 +132,9 @@ def test_every_limit_is_a_setting(name):
 
 def test_a_few_loops_more_are_chance_and_a_doubling_is_not():
     assert verdicts({"loop": rate(30, 800, 24)})["loops"] == checks.Check(
-        "loops", "pass", "30 of 800 texts loop, 24 of the parent's; limit 0% more"
+        "loops",
+        "pass",
+        "30 of 800 texts loop within 96 tokens, 24 of the parent's; limit the parent's rate, but for chance",
     )
     assert verdicts({"loop": rate(144, 2000, 72)})["loops"].status == "fail"
 
