@@ -1,9 +1,7 @@
 """What a forward holds while it waits in front of a layer: kept on the device, else in memory, else in a file.
 
-A waiting forward keeps its tensors in its own local variables, where nobody else can reach them. But the tensors that
-it hands to the next layer are the same objects, so their storage can be exchanged in place, and put back before the
-forward goes on. The embeddings, which many models keep to their end, are seen at the first layer and stay known from
-then on.
+A waiting forward keeps its tensors in its own local variables (see frames.py) and hands some of them to the next layer.
+Their storage is exchanged in place, and put back before the forward goes on. What was seen once stays known.
 """
 
 from __future__ import annotations
@@ -32,14 +30,13 @@ class Parking:
         self.on_device = self.in_memory = self.in_files = 0
         self.spilled = 0  # bytes written to files so far
 
-    def park(self, batch: int, handed_over: Any) -> None:
-        """A forward waits; these are the arguments of its next layer. The oldest tensors are moved first."""
-        tensors = self._alive(batch)
-        ids = {id(tensor) for tensor in tensors}
-        tensors += [tensor for tensor in _tensors(handed_over) if _is_worth(tensor) and id(tensor) not in ids]
-        self._known[batch] = [weakref.ref(tensor) for tensor in tensors]
+    def park(self, batch: int, held: Any) -> None:
+        """A forward waits and holds these tensors. The oldest ones are moved first."""
+        tensors = {id(tensor): tensor for tensor in self._alive(batch)}
+        tensors |= {id(tensor): tensor for tensor in tensors_in(held) if _is_worth(tensor)}
+        self._known[batch] = [weakref.ref(tensor) for tensor in tensors.values()]
         self._count(batch)
-        for tensor in tensors:
+        for tensor in tensors.values():
             if tensor.device.type != "cpu" and self.on_device > self.device_limit:
                 tensor.data = tensor.data.cpu()
                 self._count(batch)
@@ -103,13 +100,13 @@ def _is_worth(tensor: torch.Tensor) -> bool:
     return tensor.numel() * tensor.element_size() >= SMALL and not isinstance(tensor, torch.nn.Parameter)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.scoring.building import build, pick_device
+from moeprune.scoring.frames import held_by
 from moeprune.scoring.loading import OUTSIDE, LayerLoader
 from moeprune.scoring.memory import check_memory, device_limit
 from moeprune.scoring.parking import Parking
@@ -70,6 +71,7 @@ class LayerStream:
             buffer.data = buffer.data.to(self.device)
         spill = settings.output_path / "reap_state"
         self.parking = Parking(self.device, device_limit(self.loader, self.device), settings.hidden_memory, spill)
+        self._around = self._around_layers()
         self._saving = False
         self.current = -1  # the batch whose forward runs
 
@@ -120,7 +122,8 @@ class LayerStream:
                 self.parking.forget(index)
                 return ""
             layer, arguments = stopped
-            self.parking.park(index, arguments)
+            held = held_by(batches[index].gr_frame, self._around) if self._around else ()
+            self.parking.park(index, (arguments, list(held)))
             return str(layer)
 
         waiting = {index: enter(index) for index in range(len(batches))}
@@ -138,6 +141,13 @@ class LayerStream:
                 watcher.layer_ends(layer)
             if state is not None and self._saving:
                 state.commit(layer)
+
+    def _around_layers(self) -> list[Module]:
+        """The modules outside of layers, if there is a tower; other models hold nothing that they do not hand over."""
+        if not any(word in name for name in self.layers for word in TOWERS):
+            return []
+        inside = {module for layer in self.layers.values() for module in layer.modules()}
+        return [module for module in self.model.modules() if module not in inside]
 
     def _read_ahead(self, layer: str) -> None:
         following = self.order[layer] + 1
