@@ -43,7 +43,12 @@ def setting(
 class Settings:
     """The resolved settings of one run."""
 
-    model_path: str = setting("", str, "plan reap prune preview test serve", "folder with the checkpoint, or a hub id")
+    model_path: str = setting(
+        "",
+        str,
+        "plan reap prune preview test serve",
+        "folder with the checkpoint, GGUF file, or hub id (of GGUF files with :Q4_K_M)",
+    )
     output_path: Path = setting(
         Path("output"), Path, "plan reap prune preview test combine batch serve", "folder for every result"
     )

@@ -230,19 +230,46 @@ def _sample(shard: Path) -> bytes:
 
 
 def locate_model(model: str, token: str = "") -> Path:
-    """The folder of a model: a local path, else a hub id that is downloaded (or found in the hub's cache)."""
+    """The folder or GGUF file of a model: a local path, else a hub id that is downloaded (or in the hub's cache)."""
     if not model:
         raise UsageError("no model given; pass --model-path or set REAP_MODEL_PATH to a folder or a hub id")
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model) or model.startswith("."):
+    match = re.fullmatch(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<quant>[\w.-]+))?(@(?P<revision>[\w./-]+))?", model)
+    if match is None or model.startswith("."):
         raise InputError(f"no model at {model}; give a folder that exists, or a hub id such as Qwen/Qwen3-30B-A3B")
-    return _download(*model.partition("@")[::2], token)
+    repo, quant = match["repo"], match["quant"]
+    if not quant:
+        folder = _download(repo, match["revision"], token, never=SECOND_COPIES)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{repo} has no config.json; if it is a repository of GGUF files, name one: {repo}:Q4_K_M")
+        return folder
+    wanted = [f"{start}{word}[-./]*gguf" for word in {quant, quant.lower(), quant.upper()} for start in ("", "*[-._/]")]
+    return _quant_of(_download(repo, match["revision"], token, only=wanted, never=("*mmproj*",)), quant, model)
 
 
-def _download(repo: str, revision: str, token: str) -> Path:
-    """Fetch a model from the hub, without second copies of its weights."""
+def _quant_of(folder: Path, quant: str, model: str) -> Path:
+    """The first file of the one GGUF model in a folder that is named after these numbers, such as Q4_K_M."""
+    named = re.compile(rf"(^|[-._/]){re.escape(quant)}[-./]", re.IGNORECASE)
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*.gguf"))]
+    found = _only_gguf(folder, [file for file in files if named.search(file.as_posix())])
+    if found is None:
+        raise InputError(
+            f"{model}: the repository has no GGUF file with {quant} in its name; look there for one it has"
+        )
+    return found
+
+
+# What a repository may hold beside the weights: the same once more in another container.
+SECOND_COPIES = ("original/*", "metal/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.h5", "*.msgpack", "*.gguf",
+                 "consolidated*")  # fmt: skip
+
+
+def _download(
+    repo: str, revision: str | None, token: str, *, only: Sequence[str] = (), never: Sequence[str] = ()
+) -> Path:
+    """Fetch a model from the hub, as far as the patterns want it."""
     try:
         from huggingface_hub import get_session, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -252,20 +279,16 @@ def _download(repo: str, revision: str, token: str) -> Path:
         ) from None
     # The library lets errors of its HTTP client through, which is another package in each of its releases.
     transport = import_module(type(get_session()).__module__.partition(".")[0])
-    skip = [
-        "original/*",
-        "metal/*",
-        "onnx/*",
-        "openvino/*",
-        "*.bin",
-        "*.pth",
-        "*.h5",
-        "*.msgpack",
-        "*.gguf",
-        "consolidated*",
-    ]
     try:
-        return Path(snapshot_download(repo, revision=revision or None, token=token or None, ignore_patterns=skip))
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                token=token or None,
+                allow_patterns=list(only) or None,
+                ignore_patterns=list(never),
+            )
+        )
     except RepositoryNotFoundError:
         raise InputError(
             f"the hub knows no model {repo} (or it is private: set HF_TOKEN); a local folder works too"

@@ -126,10 +126,10 @@ def target_of(settings: Settings, checkpoint: Checkpoint, layout: Layout, kept: 
 def _name_of_model(settings: Settings, checkpoint: Checkpoint) -> str:
     """The last part of a hub id, the stem of a GGUF file, or the folder's name; a hub cache names folders by hash."""
     folder = checkpoint.folder
-    if not Path(settings.model_path).expanduser().exists():
-        return settings.model_path.partition("@")[0].split("/")[-1]
     if checkpoint.container == "gguf":
         return checkpoint.shards[0].stem.partition("-00001-of-")[0]
+    if not Path(settings.model_path).expanduser().exists():
+        return settings.model_path.partition("@")[0].split("/")[-1]
     return folder.parent.parent.name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
 
 
