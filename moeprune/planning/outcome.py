@@ -61,7 +61,7 @@ class Outcome:
         if any(block.protected for block in self.blocks):
             total = sum(len(block.protected) for block in self.blocks)
             named = _named([(block.block, block.protected) for block in self.blocks if block.protected])
-            lines.append(f"{total} experts are kept whatever their score, as --protect says ({named})")
+            lines.append(f"kept whatever their score, as --protect says: {total} experts ({named})")
         blind = [block.block for block in self.blocks if not block.scores]
         if blind:
             lines.append(f"{', '.join(blind)} had no scores: evenly spaced experts are kept there")

@@ -1,6 +1,8 @@
-"""Experts that work mostly for images: told by what they do for each kind of token, whatever there was more of."""
+"""Experts that work mostly for images or for special tokens: told by what they do for each kind of token."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,3 +58,20 @@ def test_they_are_named_and_weights_keep_them():
     assert [entry["for_images"] for entry in plain.to_json()["blocks"]] == [[0], [0]]
     assert seeing.plan.keep == {"l0": (0, 1), "l1": (0, 1)}
     assert "2 of them are kept" in next(line for line in seeing.sentences() if "images" in line)
+
+
+@pytest.mark.parametrize(("protect", "kept"), [("auto", (1, 3)), ("none", (1, 2))])
+def test_experts_of_special_tokens_are_kept_and_named(protect, kept):
+    plain = block(WORK_DE)
+    special_DE = np.array([[0.0, 1.0, 1.0, 9.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    seen = replace(plain, values={**plain.values, "special_sum": special_DE})
+    made = decide(
+        Settings(metric="weighted_ean_sum", protect=protect, keep=2),
+        Sums("routed", DOMAINS, (seen,)),
+        Model(Limits(4, 1, 1, 1), "", {"l0": 4}, None),
+        {"domains": {name: {"samples": 8} for name in DOMAINS}},
+    )
+    assert made.plan.keep == {"l0": kept}
+    said = [line for line in made.sentences() if "whatever their score" in line]
+    assert said == (["kept whatever their score, as --protect says: 1 experts (l0: 3)"] if protect == "auto" else [])
+    assert made.to_json()["blocks"][0]["protected"] == ([3] if protect == "auto" else [])
