@@ -98,6 +98,8 @@ def model_class(checkpoint: Checkpoint, config: PreTrainedConfig, settings: Sett
 def _remote_hint(checkpoint: Checkpoint, settings: Settings) -> str:
     if checkpoint.config.get("auto_map") and not settings.trust_remote_code:
         return "; the checkpoint brings its own code: --trust-remote-code runs it, if you trust its author"
+    if not checkpoint.config.get("auto_map"):
+        return "; fetch the code that the model came with (its *.py files), or cut it with --plan, which needs no code"
     return ""
 
 

@@ -24,6 +24,7 @@ from moeprune.scoring.observer import Observer
 from moeprune.scoring.run import forward
 from moeprune.scoring.streaming import LayerStream
 from tests import tiny
+from tests.pruning import cutting
 from tests.scoring import fresh_model, streamed
 
 AUTO_MAP = {"AutoConfig": "fresh_model.FreshConfig", "AutoModelForCausalLM": "fresh_model.FreshForCausalLM"}
@@ -136,6 +137,17 @@ def test_code_is_not_run_unasked(setting, tmp_path):
     (folder / "fresh_model.py").write_text("raise SystemExit('this code was run')")
     with pytest.raises(InputError, match=r"brings its own code: --trust-remote-code runs it"):
         reap.main(["--model-path", str(folder), "--output-path", str(tmp_path / "output"), *setting])
+
+
+def test_a_family_without_its_code_can_still_be_cut(tmp_path):
+    folder = checkpoint(tmp_path / "model", "loop")
+    config = tiny.read_config(folder)
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"fetch the code that the model came with .* --plan"):
+        reap.main(["--model-path", str(folder), "--output-path", str(tmp_path / "output"), "--trust-remote-code"])
+    keep = cutting.keep_lists(folder, 4)
+    assert set(understand(open_checkpoint(cutting.cut(folder, keep))).by_name) == set(keep)
 
 
 def test_from_scores_to_a_smaller_model(tmp_path):
