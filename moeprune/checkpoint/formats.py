@@ -81,8 +81,8 @@ FORMATS = (
     Format("torchao", "torchao", _method("torchao")),
     Format(
         "mlx",
-        "MLX: affine, mxfp4, nvfp4, mxfp8",
-        lambda settings: {"bits", "group_size"} <= {*settings} and "quant_method" not in settings,
+        "MLX: affine, mxfp4, nvfp4, mxfp8; transformers' own for Metal",
+        lambda settings: {"bits", "group_size"} <= {*settings} and settings.get("quant_method", "metal") == "metal",
     ),
 )
 # What is known and left alone, and why.

@@ -168,17 +168,19 @@ def _bitsandbytes_4bit(stored: Stored, _quantization: Quantization) -> torch.Ten
 
 def _mlx(stored: Stored, quantization: Quantization) -> torch.Tensor:
     weight, scale = stored["weight"], stored["scales"]
-    if "biases" not in stored:
+    bias = stored.get("biases", stored.get("qbiases"))
+    if bias is None:
         return _mlx_float(weight, scale, str(quantization.get("mode", "mxfp4")))
     group = int(quantization.get("group_size", 64))
     bits = weight.shape[-1] * 32 // (scale.shape[-1] * group)  # may differ from module to module
     value = unpack.integers(weight, bits)
     index_I = torch.arange(value.shape[-1], device=value.device) // group
-    spread = scale.float().index_select(-1, index_I), stored["biases"].float().index_select(-1, index_I)
-    return value.float() * spread[0] + spread[1]
+    return value.float() * scale.float().index_select(-1, index_I) + bias.float().index_select(-1, index_I)
 
 
 def _mlx_float(weight: torch.Tensor, scale: torch.Tensor, mode: str) -> torch.Tensor:
+    if scale.dtype != torch.uint8:
+        raise InputError(f"MLX in the mode {mode!r} has scales of one byte, not {scale.dtype}")
     raw = weight.view(torch.uint8)
     value = raw.view(torch.float8_e4m3fn) if mode == "mxfp8" else unpack.fp4(raw)
     return unpack.scaled(value, scale.view(torch.float8_e4m3fn) if mode == "nvfp4" else unpack.exponents(scale))
@@ -267,7 +269,7 @@ TABLE = tuple(
         Format("FP4, bitsandbytes", BNB_FP4, NESTED, "weight", _bitsandbytes_4bit),
         Format("AWQ", GPTQ_LIKE, (), "weight", _awq, _method("awq")),
         Format("GPTQ", GPTQ_LIKE, ("g_idx",), "weight", _gptq, _method("gptq", "round")),
-        Format("MLX", {"weight": "U32", "scales": f"{REAL} U8"}, ("biases",), "weight", _mlx),
+        Format("MLX", {"weight": "U32", "scales": f"{REAL} U8"}, ("biases", "qbiases"), "weight", _mlx),
         Format("FP8, torchao", {"_qdata": FP8, "_scale": SCALES}, (), "", _torchao(_fp8)),
         Format("INT, torchao", {"_qdata": "I8", "_scale": REAL}, AO_ZERO, "", _torchao(_int8)),
         Format("NVFP4, torchao", {"_qdata": "U8", "_scale": F8}, AO_OUTER, "", _torchao(_nvfp4_multiplied)),

@@ -65,6 +65,10 @@ def test_a_format_is_recognised(tmp_path, name):
     assert formats.format_of(written(tmp_path, WRITTEN[name], key)) == name
 
 
+def test_what_transformers_writes_for_metal_is_that_of_mlx(tmp_path):
+    assert formats.format_of(written(tmp_path, {"quant_method": "metal", "bits": 4, "group_size": 64})) == "mlx"
+
+
 def test_every_format_is_recognised_here():
     assert {entry.name for entry in formats.FORMATS} - set(WRITTEN) == {"modelopt"}
 

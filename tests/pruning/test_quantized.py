@@ -92,7 +92,7 @@ def test_gpt_oss_as_openai_ships_it(tmp_path: Path) -> None:
 
 def test_sizes_of_a_dry_run_are_those_of_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parent = gpt_oss(tmp_path / "parent", 32)
-    for count in (24, 4):
+    for count in (24, 16, 8, 6, 4):
         keep = cutting.keep_lists(parent, count)
         plan = cutting.write_plan(tmp_path / "plan.json", keep)
         prune_model.main(["--model-path", str(parent), "--plan", str(plan), "--dry-run"])

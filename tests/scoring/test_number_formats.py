@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.integrations import metal_quantization
 
 from moeprune.errors import InputError
 from moeprune.scoring import unpack
@@ -137,6 +138,17 @@ def test_torchao(tmp_path, name):
         torchao(tmp_path / kind, kind, data, stored)
         with pytest.raises(InputError, match="torchao"):
             opened(tmp_path / kind, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_metal_of_transformers(tmp_path, bits):
+    """transformers names MLX's offsets otherwise, and can read its own packing."""
+    packed, scale, bias = metal_quantization._affine_quantize_tensor(torch.randn(8, 128), 64, bits)
+    tensors = {"m.weight": packed, "m.scales": scale, "m.qbiases": bias}
+    found = plain(tmp_path, tensors, {"quant_method": "metal", "bits": bits, "group_size": 64})["m.weight"]
+    same(found, metal_quantization._affine_dequantize_tensor(packed, scale, bias, 64, bits))
+    with pytest.raises(InputError, match="scales of one byte"):
+        plain(tmp_path, {name: tensors[name] for name in ("m.weight", "m.scales")}, {"bits": bits, "group_size": 64})
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
