@@ -22,15 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moeprune import VERSION
+from moeprune.arrays import Array, np
 from moeprune.errors import InputError, MachineError
 
 SCHEMA_VERSION = "1.0"
 ROOM = 1_000_000  # bytes that must be free for results; those of small models take less
-Array = NDArray[np.float64]
 
 # What is summed per block, domain and expert. g gate value, f expert output, p router probability, x layer input;
 # the sums run over the tokens routed to the expert, the last two over all tokens.

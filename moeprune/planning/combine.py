@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from moeprune.arrays import Array
 from moeprune.console import warn
 from moeprune.errors import InputError
-from moeprune.metadata import Array, BlockSums, Sums
+from moeprune.metadata import BlockSums, Sums
 
 
 def add(first: Sums, second: Sums) -> Sums:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
+from moeprune.arrays import np
 from moeprune.checkpoint.families import Layout
 from moeprune.console import say, size, warn
 from moeprune.errors import InputError, UsageError

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from moeprune.metadata import Array, BlockSums, Sums
+from moeprune.arrays import Array, NDArray, np
+from moeprune.metadata import BlockSums, Sums
 from moeprune.planning import saliency
 from moeprune.planning.outcome import coverage, coverage_metric
 from moeprune.planning.plan import Limits, Plan, make_plan
@@ -25,7 +24,8 @@ ENOUGH = 0.05  # a plan is settled when at most this share of the experts that s
 LITTLE = 0.005  # or when those experts hardly matter: a plan from other samples keeps almost as much saliency
 MOST = 100.0  # no domain is asked for more than this times its samples
 
-Chosen = NDArray[np.bool_]  # [D, S]: which slices of which domains count
+if TYPE_CHECKING:
+    Chosen = NDArray[np.bool_]  # [D, S]: which slices of which domains count
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from moeprune.metadata import IMAGE, Array, BlockSums, Sums
+from moeprune.arrays import Array, np
+from moeprune.metadata import IMAGE, BlockSums, Sums
 from moeprune.planning.plan import Plan
 from moeprune.planning.saliency import METRICS, never_routed, shares
 

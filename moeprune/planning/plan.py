@@ -6,11 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
-
+from moeprune.arrays import Array, np
 from moeprune.checkpoint.families import Layout
 from moeprune.errors import UsageError
-from moeprune.metadata import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
+from moeprune.arrays import Array, np
 from moeprune.errors import UsageError
-from moeprune.metadata import Array, BlockSums, Sums
+from moeprune.metadata import BlockSums, Sums
 from moeprune.planning.plan import Limits
 from moeprune.planning.saliency import check_measured
 

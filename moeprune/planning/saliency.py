@@ -10,10 +10,9 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from moeprune.arrays import Array, np
 from moeprune.errors import UsageError
-from moeprune.metadata import STATISTICS, Array, BlockSums, Sums
+from moeprune.metadata import STATISTICS, BlockSums, Sums
 
 # What the score of a block is computed from: the block, the factor of each domain's sums, the seed.
 Formula = Callable[[BlockSums, Array, int], Array]

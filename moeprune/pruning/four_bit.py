@@ -7,9 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from moeprune.arrays import NDArray, np
 from moeprune.errors import ResultError
 from moeprune.pruning.evidence import Reader, Stored
 

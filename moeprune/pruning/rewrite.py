@@ -15,9 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from moeprune.arrays import NDArray, np
 from moeprune.checkpoint import bnb, families, writer
 from moeprune.checkpoint.families import Block, Layout, Part
 from moeprune.checkpoint.folder import Checkpoint, Tensor

@@ -12,9 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from moeprune.arrays import NDArray, np
 from moeprune.errors import ResultError
 from moeprune.pruning import evidence, four_bit
 from moeprune.pruning.evidence import File, Reader, Stored

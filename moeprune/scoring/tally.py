@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeprune.metadata import Array, BlockSums
+from moeprune.arrays import Array
+from moeprune.metadata import BlockSums
 from moeprune.scoring.batching import SLICES
 
 WEIGHTS = ("count", "gate_sum", "gate_sq_sum")  # known from the router alone

@@ -13,6 +13,7 @@ from tests.contracts.documents import ROOT
 
 PACKAGE = ROOT / "moeprune"
 LEVELS = {
+    "arrays": 0,
     "errors": 0,
     "values": 0,
     "console": 1,

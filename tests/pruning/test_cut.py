@@ -291,6 +291,15 @@ def test_two_wishes_on_one_command_line(parent: Path, tmp_path: Path) -> None:
         prune_model.main([*flags, "--keep", "0", "--prune-ratio", "0.5"])
 
 
+def test_a_cut_by_a_plan_does_without_numpy(parent: Path, tmp_path: Path) -> None:
+    plan = cutting.write_plan(tmp_path / "plan.json", cutting.keep_lists(parent, 3))
+    flags = ["--model-path", str(parent), "--plan", str(plan), "--pruned-output-path", str(tmp_path / "child")]
+    code = "import sys, prune_model; prune_model.main(sys.argv[1:]); sys.exit('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=cutting.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "child" / "pruning.json").is_file()
+
+
 def test_small_disk_is_refused(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from moeprune import console
+from moeprune.arrays import Array
 from moeprune.checking.report import numbers
 from moeprune.checking.report.drawing import Chart, HeatMap, Line, bars, draw, heat_map
 from moeprune.checking.report.markup import Html, chip, join, number, percent, section, table, tag
-from moeprune.metadata import Array, Sums
+from moeprune.metadata import Sums
 
 Json = dict[str, Any]
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))

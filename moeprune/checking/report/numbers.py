@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeprune.arrays import Array
 from moeprune.checking.report.drawing import STEPS
-from moeprune.metadata import Array, BlockSums, Sums
+from moeprune.metadata import BlockSums, Sums
 
 POINTS = 41
 
