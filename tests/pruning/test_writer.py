@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -169,3 +170,14 @@ def test_substitutes_spread_over_all_that_stay() -> None:
     new = rewrite.renumbered_TK(old, tuple(range(2, 10)), 10)
     counts = np.bincount(new.reshape(-1), minlength=8)
     assert counts.min() > 0.8 * counts.mean()
+
+
+@pytest.mark.parametrize("library", [ctypes.CDLL(None), object()])
+def test_the_disk_may_begin_early_where_the_system_can(
+    source: Path, monkeypatch: pytest.MonkeyPatch, library: object
+) -> None:
+    before = source.read_bytes()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    writer.start_syncing(source)
+    writer.sync_file(source)
+    assert source.read_bytes() == before
