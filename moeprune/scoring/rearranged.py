@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from moeprune.checkpoint.folder import Checkpoint
+from moeprune.checkpoint.structure import is_tower
 from moeprune.scoring.recipe import Recipe, changed, together
 
 Recipes = Mapping[str, Recipe]
@@ -131,7 +132,8 @@ def _keys_and_values(parts: list[torch.Tensor]) -> torch.Tensor:
 def _mlx_convolutions(recipes: Recipes, checkpoint: Checkpoint) -> Recipes:
     """[C, K, 1] becomes [C, 1, K]; norms that were shifted along with them are shifted back."""
     result = dict(recipes)
-    turned = [name for name, recipe in recipes.items() if re.search(r"\bconv(1d)?\.weight$", name)]
+    # A convolution in a tower may have a kernel of one place, and then looks like one that was turned.
+    turned = [name for name in recipes if re.search(r"\bconv(1d)?\.weight$", name) and not is_tower(name)]
     turned = [name for name in turned if len(axes := _axes(recipes[name], checkpoint)) == 3 and axes[2] == 1 < axes[1]]
     for name in turned:
         result[name] = changed(recipes[name], lambda weight_CK1: weight_CK1.mT)
