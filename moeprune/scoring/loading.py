@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +27,7 @@ from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.scoring import gguf_weights
 from moeprune.scoring.dequantize import Lazy, Recipe, read_tensor, recipes
+from moeprune.scoring.placing import StraightReader, ways
 
 Tensors = dict[str, torch.Tensor]
 ONE_BY_ONE = re.compile(r"\bexperts\.\d+\.(gate|up|down)_proj\.weight$")
@@ -47,7 +46,9 @@ class LayerLoader:
         self.recipes: Mapping[str, Recipe] = of_container(checkpoint)
         in_memory = model.state_dict()
         self.mapping = get_model_conversion_mapping(model) + _stacking(model, self.recipes)
-        self.memory_name = _memory_names(self.recipes, model, self.mapping, in_memory)
+        matched = _memory_names(self.recipes, model, self.mapping, in_memory)
+        self.memory_name = {name: target for name, (target, _) in matched.items()}
+        self.direct = StraightReader(ways(model, checkpoint, self.recipes, self.mapping, matched), device)
         self.sources: dict[str, list[str]] = {layer: [] for layer in (*layers, OUTSIDE)}
         for name, target in self.memory_name.items():
             if target in in_memory:
@@ -60,8 +61,7 @@ class LayerLoader:
             for layer, names in self.wanted.items()
         }
         self.stored_bytes = {
-            layer: sum(checkpoint.tensors[source].nbytes for source in self._sources(names))
-            for layer, names in self.sources.items()
+            layer: sum(checkpoint.tensors[source].nbytes for source in self._converted(layer)) for layer in self.sources
         }
         self.borrowed = self._borrow()
         self.dequantizes = any(recipe.make is not None for recipe in self.recipes.values())
@@ -73,10 +73,10 @@ class LayerLoader:
             names += [name for pairs in self.borrowed.values() for name, lent in pairs.items() if lent in names]
         self._empty: dict[str, torch.Tensor] = {}  # what stood in a parameter's place before it was loaded
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
-        self._ahead: tuple[str, Future[Tensors]] | None = None
+        self._ahead: tuple[str, Future[tuple[Tensors, Tensors]]] | None = None
 
     def _borrow(self) -> dict[str, dict[str, str]]:
-        """Layers that share parameters with others, name by name; from here on they are loaded with their lenders."""
+        """Layers whose parameters are those of others, name by name; from here on they are loaded with their owners."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         borrowed = {}
         for layer in self.layers:
@@ -102,30 +102,56 @@ class LayerLoader:
     def read_ahead(self, layer: str) -> None:
         """Begin to read a layer in a thread."""
         if self._ahead is None or self._ahead[0] != layer:
-            self._ahead = (layer, self._reader.submit(self._read, layer))
+            places = self.direct.places(self.wanted[layer])
+            self._ahead = (layer, self._reader.submit(self._read, layer, places))
 
-    def _read(self, layer: str, skip: Iterable[str] = ()) -> Tensors:
-        skipped = set(skip)
-        names = [name for name in self.sources[layer] if self.memory_name[name] not in skipped]
-        return {source: read_tensor(self.checkpoint.tensors[source]) for source in self._sources(names)}
+    def _read(self, layer: str, places: Tensors, skip: Iterable[str] = ()) -> tuple[Tensors, Tensors]:
+        """The parameters that are read straight, and the stored tensors that the others are converted from."""
+        raw = {source: read_tensor(self.checkpoint.tensors[source]) for source in self._converted(layer, skip)}
+        return self.direct.read(places), raw
 
-    def _sources(self, names: Iterable[str]) -> list[str]:
-        """The stored tensors that these plain ones are made of, each once."""
+    def _converted(self, layer: str, skip: Iterable[str] = ()) -> list[str]:
+        """The stored tensors of a layer that are not read straight into their places, each once."""
+        passed = {*self.direct.ways, *skip}
+        names = [name for name in self.sources[layer] if self.memory_name[name] not in passed]
         return list(dict.fromkeys(source for name in names for source in self.recipes[name].sources.values()))
 
     def load(self, layer: str, skip: Iterable[str] = ()) -> None:
         """Fill a layer's parameters. `skip` names parameters that nobody will look at."""
         ahead, self._ahead = self._ahead, None
-        raw = ahead[1].result() if ahead is not None and ahead[0] == layer else self._read(layer, skip)
-        state = self.model.state_dict(keep_vars=True)
         wanted = [name for name in self.wanted[layer] if name not in set(skip)]
-        self._empty.update({name: state[name] for name in wanted})
+        if ahead is not None and ahead[0] == layer:
+            filled, raw = ahead[1].result()
+        else:
+            filled, raw = self._read(layer, self.direct.places(wanted), skip)
+        self._empty.update({name: self._exchange(name) for name in wanted})
+        for name, tensor in filled.items():
+            self._exchange(name, tensor)
+        missing = [name for name in wanted if name not in filled]
+        self._refuse_missing(layer, self._convert(layer, raw, missing) if raw else missing)
+        for name, lent in self.borrowed.get(layer, {}).items():
+            self._exchange(name, self.model.get_parameter(lent))
+
+    def _exchange(self, name: str, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """What stands in a parameter's or buffer's place; if there is a tensor, it takes that place."""
+        path, _, attribute = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        before: torch.Tensor = getattr(module, attribute)
+        if tensor is not None:
+            if attribute in module._parameters and not isinstance(tensor, torch.nn.Parameter):
+                # Even without gradients a matrix product may round otherwise for a parameter that wants none.
+                tensor = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            setattr(module, attribute, tensor)
+        return before
+
+    def _convert(self, layer: str, raw: Tensors, missing: Sequence[str]) -> list[str]:
+        """Fill parameters through transformers' own conversion; which of those that were missing still are."""
         tensors = {
             name: Lazy(self.recipes[name], raw, self.dtype, self.device)
             for name in self.sources[layer]
             if all(source in raw for source in self.recipes[name].sources.values())
         }
-        del raw
+        raw.clear()
         info, _ = convert_and_load_state_dict_in_model(
             self.model,
             tensors,
@@ -144,9 +170,7 @@ class LayerLoader:
             raise InputError(
                 f"{self.checkpoint.folder}: {name} has shape {tuple(found)} where the config promises {tuple(expected)}"
             )
-        self._refuse_missing(layer, [name for name in wanted if name in info.missing_keys])
-        for name, lent in self.borrowed.get(layer, {}).items():
-            self._put(name, self.model.get_parameter(lent))
+        return [name for name in missing if name in info.missing_keys]
 
     def refuse_empty(self, skip: Iterable[str] = ()) -> None:
         """What lies outside the layers must be complete once tied; it may not be tied to a layer that comes later."""
@@ -171,30 +195,17 @@ class LayerLoader:
 
     def drop(self, layer: str) -> None:
         """Free a layer's parameters; its other buffers stay, so that the layer can be loaded again."""
-        for name in self.wanted[layer]:
-            empty = self._empty.pop(name, None)
-            if empty is not None:
-                self._put(name, empty)
-        release_memory()
-
-    def _put(self, name: str, tensor: torch.Tensor) -> None:
-        path, _, attribute = name.rpartition(".")
-        setattr(self.model.get_submodule(path), attribute, tensor)
+        loaded = [name for name in self.wanted[layer] if name in self._empty]
+        dropped = {name: self._exchange(name, self._empty.pop(name)) for name in loaded}
+        self.direct.keep(dropped[name].data for name in loaded if name in self.direct.ways and layer != OUTSIDE)
+        if any(name not in self.direct.ways for name in dropped):
+            del dropped
+            gc.collect()  # the conversion leaves cycles
 
     def close(self) -> None:
         """Stop the reader."""
         self._ahead = None
         self._reader.shutdown(wait=False, cancel_futures=True)
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system: cycles that the conversion leaves, and what the C library keeps.
-
-    Without this a process grows with every layer, because each layer's tensors are freed in another order than made.
-    """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _stacking(model: PreTrainedModel, names: Iterable[str]) -> list[WeightTransform]:
@@ -222,15 +233,15 @@ def _memory_names(
     names: Iterable[str],
     model: PreTrainedModel,
     mapping: Sequence[WeightTransform],
-    in_memory: dict[str, torch.Tensor],
-) -> dict[str, str]:
-    """Name on disk -> name in memory, as transformers itself would rename it."""
+    in_memory: Tensors,
+) -> dict[str, tuple[str, str | None]]:
+    """Name on disk -> name in memory and the source pattern of the converter that it matches, as in transformers."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found = {}
     for name in names:
-        target = rename_source_key(name, renamings, converters, model.base_model_prefix, in_memory)[0]
-        if target not in in_memory and name in in_memory:
-            target = rename_source_key(name, [], [], model.base_model_prefix, in_memory)[0]
-        found[name] = target
+        match = rename_source_key(name, renamings, converters, model.base_model_prefix, in_memory)
+        if match[0] not in in_memory and name in in_memory:
+            match = rename_source_key(name, [], [], model.base_model_prefix, in_memory)
+        found[name] = match
     return found

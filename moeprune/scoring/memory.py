@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import resource
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from moeprune.errors import MachineError
 from moeprune.scoring.loading import OUTSIDE, LayerLoader
 
 CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+KEEP = {-4: 0, -1: -1}  # settings of the GNU C library: M_MMAP_MAX, M_TRIM_THRESHOLD
+GROWTH = 32_000_000  # bytes that a process may grow by before it hands back what it does not use
 HIDDEN_SHARE = 0.5  # of the device memory left beside two layers: hidden states; the rest is for computing
 
 
@@ -38,13 +42,47 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # elsewhere; may count the parent process too
 
 
+def resident() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    with contextlib.suppress(FileNotFoundError):
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    return 0
+
+
+class FreedMemory:
+    """Freed memory stays with the process, as every batch takes the same large tensors in every layer.
+
+    By itself the GNU C library hands each of them back to the system, which clears it page by page for the next batch:
+    a fifth of the processor time of a forward. What it keeps comes in more and more pieces from layer to layer, so it
+    goes back when it has grown.
+    """
+
+    def __init__(self) -> None:
+        self._level = 0
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            library = ctypes.CDLL(None)
+            for setting, value in KEEP.items():
+                library.mallopt(setting, value)
+
+    def layer_done(self) -> None:
+        """A layer is dropped: the memory of the process after it should be that after the layer before."""
+        if self._level and resident() > self._level + GROWTH:
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
+            self._level = 0
+        self._level = self._level or resident()
+
+
 def check_memory(loader: LayerLoader, device: torch.device) -> bool:
     """Refuse a model whose single layer does not fit; say whether there is room to read one layer ahead."""
     largest = max(loader.layers, key=lambda layer: loader.nbytes[layer])
     layer, stored, outside = loader.nbytes[largest], loader.stored_bytes[largest], loader.nbytes[OUTSIDE]
+    direct, on_cpu = loader.direct.nbytes(loader.wanted[largest]), device.type == "cpu"
     free = available()
-    # On a CPU: as stored, as one tensor for each expert where that is not the same, and stacked.
-    need = stored + outside + layer * (2 if loader.dequantizes else 1) if device.type == "cpu" else 2 * stored
+    # What is converted lies there as stored, as one tensor for each expert where that is not the same, and stacked.
+    need = outside + layer + stored + (layer - direct if loader.dequantizes else 0) if on_cpu else direct + 2 * stored
+    ahead = stored + (direct if on_cpu else 0)
     if need > free:
         raise MachineError(
             f"{largest} needs {size(need)} of memory while it is loaded, and {size(free)} are free here; "
@@ -57,7 +95,7 @@ def check_memory(loader: LayerLoader, device: torch.device) -> bool:
                 f"{largest} needs {size(outside + 2 * layer)} of device memory and {size(room)} are free; "
                 "set REAP_DEVICE=cpu or use a larger device"
             )
-    if need + stored > free:
+    if need + ahead > free:
         warn(f"memory is short ({size(free)} free): the next layer is not read while one computes")
         return False
     return True

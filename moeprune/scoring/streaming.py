@@ -25,7 +25,7 @@ from moeprune.errors import InputError
 from moeprune.scoring.building import build, pick_device
 from moeprune.scoring.frames import held_by
 from moeprune.scoring.loading import OUTSIDE, LayerLoader
-from moeprune.scoring.memory import check_memory, device_limit
+from moeprune.scoring.memory import FreedMemory, check_memory, device_limit
 from moeprune.scoring.parking import Parking
 from moeprune.scoring.resume import SavedState
 from moeprune.settings import Settings
@@ -58,6 +58,7 @@ class LayerStream:
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         self.checkpoint, self.settings = checkpoint, settings
         self.device = pick_device(settings)
+        self.freed = FreedMemory()
         self.model = build(checkpoint, settings)
         self.layers = find_layers(self.model)
         if not self.layers:
@@ -137,6 +138,7 @@ class LayerStream:
             for index in [index for index, at in waiting.items() if at == layer]:
                 waiting[index] = enter(index)
             self.loader.drop(layer)
+            self.freed.layer_done()
             for watcher in watchers:
                 watcher.layer_ends(layer)
             if state is not None and self._saving:
