@@ -132,6 +132,8 @@ def _keys_and_values(parts: list[torch.Tensor]) -> torch.Tensor:
 def _mlx_convolutions(recipes: Recipes, checkpoint: Checkpoint) -> Recipes:
     """[C, K, 1] becomes [C, 1, K]; norms that were shifted along with them are shifted back."""
     result = dict(recipes)
+    if all(metadata.get("format") != "mlx" for metadata in checkpoint.shard_metadata.values()):
+        return result
     # A convolution in a tower may have a kernel of one place, and then looks like one that was turned.
     turned = [name for name in recipes if re.search(r"\bconv(1d)?\.weight$", name) and not is_tower(name)]
     turned = [name for name in turned if len(axes := _axes(recipes[name], checkpoint)) == 3 and axes[2] == 1 < axes[1]]

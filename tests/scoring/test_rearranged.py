@@ -18,9 +18,9 @@ def seed():
     torch.manual_seed(0)
 
 
-def back(folder, model_type, tensors):
+def back(folder, model_type, tensors, form="mlx"):
     """What transformers would get of these tensors."""
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "mlx"})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": form})
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return plain(folder, torch.float32)
 
@@ -95,3 +95,8 @@ def test_convolutions_and_the_norms_that_go_with_them(tmp_path, converted):
         for name in ("model.norm.weight", f"{LAYER}.input_layernorm.weight", f"{LAYER}.self_attn.q_norm.weight"):
             mlx[name] = expected[name] + 1
     check(back(tmp_path, "qwen3_next", mlx), expected)
+
+
+def test_a_convolution_of_one_step_stays_as_it_is(tmp_path):
+    tensors = {"decoder.conv.conv.weight": torch.randn(16, 16, 1)}
+    check(back(tmp_path, "qwen3_omni_moe", tensors, "pt"), tensors)
