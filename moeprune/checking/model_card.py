@@ -29,7 +29,9 @@ def write(pruned: Path, parent: Path | None, report: Json) -> Path:
             recipe[kind] = metadata.read_result(pruned / FILES[kind], kind)
     partial = card.with_name(NAME + ".partial")
     licences = sorted(path.name for path in pruned.glob("LICEN[SC]E*"))
-    partial.write_text(text(recipe, report, front_matter(_read(source) if source else ""), licences), encoding="utf-8")
+    inherited = front_matter(_read(source) if source else "")
+    gguf = min((path.name for path in pruned.glob("*.gguf")), default="")
+    partial.write_text(text(recipe, report, inherited, licences, gguf), encoding="utf-8")
     partial.replace(card)
     return card
 
@@ -51,8 +53,16 @@ def front_matter(card: str) -> dict[str, list[str]]:
     return found
 
 
-def text(recipe: Json, report: Json, inherited: Mapping[str, list[str]], licences: list[str]) -> str:
-    """The whole card. `recipe` holds the results SCORES and CUT where they are known."""
+SERVING = (
+    "```\nvllm serve PATH_OF_THIS_FOLDER\n```\n\nor with transformers:\n\n```python\n"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER", dtype="auto", device_map="auto")\n'
+    'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n```'
+)
+
+
+def text(recipe: Json, report: Json, inherited: Mapping[str, list[str]], licences: list[str], gguf: str = "") -> str:
+    """The whole card. `recipe` holds the results SCORES and CUT where they are known; `gguf` names the first file."""
     scores, cut = recipe.get(SCORES, {}), recipe.get(CUT, {})
     name = model_name(dict(scores), dict(report))
     parts = [
@@ -67,10 +77,7 @@ def text(recipe: Json, report: Json, inherited: Mapping[str, list[str]], licence
         "## How it was made",
         *_recipe(scores, cut, report),
         "## How to serve it",
-        "```\nvllm serve PATH_OF_THIS_FOLDER\n```\n\nor with transformers:\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER", dtype="auto", device_map="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n```',
+        f"```\nllama-server -m {gguf}\n```" if gguf else SERVING,
         "The method is REAP, Router-weighted Expert Activation Pruning (Lasby et al., 2025, arXiv:2510.13999).",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -78,7 +85,7 @@ def text(recipe: Json, report: Json, inherited: Mapping[str, list[str]], licence
 
 def _hub_name(scores: Json) -> str:
     """The parent's name on the hub, when it came from there."""
-    asked = str(scores.get("settings", {}).get("values", {}).get("model_path", "")).partition("@")[0]
+    asked = str(scores.get("settings", {}).get("values", {}).get("model_path", "")).partition("@")[0].partition(":")[0]
     return asked if re.fullmatch(r"[\w.-]+/[\w.-]+", asked) and not Path(asked).exists() else ""
 
 

@@ -43,8 +43,12 @@ class Facts:
 
     def each(self, key: str) -> list[int]:
         """A list with one number for each layer."""
-        entry = gguf.read_header(self.file).entries.get(f"{self.architecture}.{key}")
+        entry = self._entries.get(f"{self.architecture}.{key}")
         return gguf.numbers(entry) if entry is not None else []
+
+    @cached_property
+    def _entries(self) -> Mapping[str, gguf.Entry]:
+        return gguf.read_header(self.file).entries
 
     @cached_property
     def layers(self) -> int:

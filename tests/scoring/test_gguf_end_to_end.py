@@ -63,6 +63,7 @@ def test_from_the_file_alone(original: Path, file: Path, tmp_path: Path) -> None
     assert report["inputs"]["parent"]["path"] == str(file)
     assert report["structure"]["status"] == "pass", report["structure"]["reason"]
     assert not report["not_tested"], "generated, too"
+    assert "llama-server -m model-reap-6of8.gguf" in (tmp_path / "model/model-reap-6of8/README.md").read_text()
 
 
 def test_the_tokens_of_the_original(original: Path, file: Path) -> None:
