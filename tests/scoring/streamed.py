@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -27,7 +29,9 @@ DOMAINS = ("first", "second")
 @cache
 def checkpoint(family: str, **overrides: Any) -> Path:
     """A tiny checkpoint that all tests of a process share."""
-    return tiny.make(family, Path(mkdtemp(prefix=f"{family}-")), **overrides)
+    folder = Path(mkdtemp(prefix=f"{family}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return tiny.make(family, folder, **overrides)
 
 
 def batches(count: int = 3, length: int = 12, vocabulary: int = 250) -> list[Batch]:
