@@ -322,8 +322,8 @@ A whole run, `python reap.py --model-path demo/model --calibration-path FILE --m
 with the 10 GB (113,028 tokens drawn) and 1.34 GB with their first 100,000 lines (114,447 tokens).
 
 Pixels of images exist only while the model computes with them, and what a vision tower made of them counts as hidden
-states: beyond `--hidden-memory` it goes to the disk. Until the tower is done, one copy of its own hidden states stays in
-memory for each image: the patches of the image x the tower's width x 2 bytes in bfloat16.
+states: beyond `--hidden-memory` it goes to the disk. Until the tower is done, one copy of its own hidden states stays
+in memory for each image: the patches of the image x the tower's width x 2 bytes in bfloat16.
 """
 
 
