@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.structure import is_tower
-from moeprune.scoring.recipe import Recipe, changed, together
+from moeprune.scoring.recipe import Recipe, changed, one_row, together
 
 Recipes = Mapping[str, Recipe]
 Rule = Callable[[Recipes, Checkpoint], Recipes]
@@ -109,7 +108,7 @@ def _mlx_stacks(recipes: Recipes, checkpoint: Checkpoint) -> Recipes:
             continue
         matrix = (W123 if module.endswith("block_sparse_moe.") or lfm2 else NAMES).get(matrix, matrix)
         for expert in range(_axes(recipe, checkpoint)[0]):
-            result[f"{module}experts.{expert}.{matrix}.{kind}"] = replace(recipe, row=expert)
+            result[f"{module}experts.{expert}.{matrix}.{kind}"] = one_row(recipe, expert)
     return result
 
 

@@ -44,3 +44,12 @@ def together(parts: Sequence[Recipe], join: Callable[[list[torch.Tensor]], torch
 def changed(recipe: Recipe, change: Callable[[torch.Tensor], torch.Tensor]) -> Recipe:
     """The same tensor turned, shifted or cut."""
     return Recipe(recipe.sources, lambda stored, dtype: change(made(recipe, stored, dtype)), recipe.row)
+
+
+def one_row(recipe: Recipe, index: int) -> Recipe:
+    """One row of a stack, which is made even if it is only taken: who reads sources as they are would take them all."""
+
+    def make(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+        return made(recipe, stored, dtype)
+
+    return Recipe(recipe.sources, make, index)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moeprune.checkpoint.folder import open_checkpoint
+from moeprune.scoring.dequantize import recipes
 from tests.scoring.test_made_by_libraries import plain
 
 LAYER, E, H, INNER = "model.layers.0", 3, 4, 6
@@ -100,3 +102,10 @@ def test_convolutions_and_the_norms_that_go_with_them(tmp_path, converted):
 def test_a_convolution_of_one_step_stays_as_it_is(tmp_path):
     tensors = {"decoder.conv.conv.weight": torch.randn(16, 16, 1)}
     check(back(tmp_path, "qwen3_omni_moe", tensors, "pt"), tensors)
+
+
+def test_no_row_of_a_stack_is_read_as_the_whole(tmp_path):
+    """What has no `make` may be read from the disk straight into a parameter."""
+    mlx, _ = stacks(f"{LAYER}.mlp.", {n: n for n in ("gate_proj", "up_proj", "down_proj")})
+    back(tmp_path, "qwen3_moe", mlx)
+    assert all(recipe.make is not None for recipe in recipes(open_checkpoint(tmp_path)).values())
