@@ -91,6 +91,7 @@ class LayerStream:
         earlier run skipped.
         """
         results: list[Result | None] = [None] * len(forwards)
+        self.freed = FreedMemory()  # a run's first layer says how much memory the run takes
 
         def batch(index: int) -> None:
             with suppress(_Left):
