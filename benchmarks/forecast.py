@@ -35,11 +35,11 @@ SAMPLES = 512
 SECTION = """\
 ## Foretold and real times
 
-`python benchmarks/forecast.py --output docs/forecast.json` with {threads} thread on a machine busy with other work:
-`plan` measures a product of matrices with numpy and the disk, and the steps then run for real. The last column is what
-scoring reached of the product; `plan` multiplies it by 45% in float32 and 80% in bfloat16. By processor time on one
-core, models with hidden sizes of 512 and 1024 reached 40 to 54% in float32 and 69 to 95% in bfloat16. The demo model is
-too small to foretell: it spends its seconds on other things than products.
+`python benchmarks/forecast.py --output docs/forecast.json` with {threads} threads: `plan` measures a
+product of matrices with numpy and the disk, and the steps then run for real. Real times of scoring hold the start of
+Python, torch and transformers, 3 to 4 s, which is what the demo model takes and `plan` leaves out. The last column is
+what scoring reached of the product, start included; `plan` multiplies it by 45% in float32 and 80% in bfloat16. By
+processor time on one core, models with hidden sizes of 512 and 1024 reached 40 to 54% and 69 to 95% without the start.
 
 | model | size | tokens | score: foretold | real | cut: foretold | real | reached of the product |
 | --- | --- | --- | --- | --- | --- | --- | --- |
