@@ -109,7 +109,7 @@ def _finding(found: list[str], pairs: Sequence[Pair], tallies: Sequence[Tally], 
         for pair, tally in zip(pairs, tallies, strict=True)
     )
     good = (
-        f"{tokens} tokens through {len(pairs)} routed layers: computes what the parent does without the dropped experts"
+        f"{tokens:,} tokens through {len(pairs)} routed layers: computes what the parent does without the dropped experts"
     )
     if unseen:
         good += f"; {unseen} kept experts were never chosen here and were not compared"
