@@ -108,9 +108,7 @@ def _finding(found: list[str], pairs: Sequence[Pair], tallies: Sequence[Tally], 
         len(pair.keep) - sum(name == "expert" for name, _ in tally.parts)
         for pair, tally in zip(pairs, tallies, strict=True)
     )
-    good = (
-        f"{tokens:,} tokens through {len(pairs)} routed layers: computes what the parent does without the dropped experts"
-    )
+    good = f"{tokens:,} tokens through {len(pairs)} layers: computes what the parent does without the dropped experts"
     if unseen:
         good += f"; {unseen} kept experts were never chosen here and were not compared"
     reason = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "") if found else good
