@@ -19,7 +19,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError, MachineError, UsageError
-from moeprune.scoring import gguf_weights
+from moeprune.scoring.gguf import weights as gguf_weights
 from moeprune.settings import Settings
 
 LARGE = 2**26  # elements; no buffer that a model computes with is that large and made empty

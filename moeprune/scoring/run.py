@@ -14,11 +14,11 @@ from moeprune.checkpoint.families import Layout
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.metadata import Sums
-from moeprune.scoring import gguf_tokenizer
 from moeprune.scoring.adapters import attached, find_sites
 from moeprune.scoring.batching import Batch
 from moeprune.scoring.calibration import Calibration
 from moeprune.scoring.entrance import also_given, entrance
+from moeprune.scoring.gguf import tokenizer as gguf_tokenizer
 from moeprune.scoring.memory import peak
 from moeprune.scoring.observer import Observer
 from moeprune.scoring.pixels import moved

@@ -15,13 +15,8 @@ from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.settings import Settings
 from tests import gguf_files, tiny
+from tests.gguf_files.families import FAMILIES
 
-# What llama.cpp wants of a family beside tests/gguf_files.py; it rounds gpt-oss' scaled positions in a way of its own.
-WANTED = {
-    "dots1": {"num_key_value_heads": 4},
-    "olmoe": {"num_key_value_heads": 4},
-    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
-}
 PROMPTS = [[(7 * i * i + 31 * start) % 250 + 10 for i in range(20)] for start in range(3)]
 
 
@@ -35,9 +30,9 @@ def logits(file: Path) -> list[list[float]]:
 def main(folder: Path) -> None:
     """Make, cut, compute."""
     found = {"prompts": PROMPTS}
-    for family in gguf_files.ARCHITECTURES:
+    for family, way in FAMILIES.items():
         parent, file = folder / family, folder / f"{family}.gguf"
-        tiny.make(family, parent, **gguf_files.OVERRIDES.get(family, {}) | WANTED.get(family, {}))
+        tiny.make(family, parent, **way.overrides | way.engine)
         gguf_files.tokenizer(parent)
         file.unlink(missing_ok=True)
         gguf_files.convert(parent, file)

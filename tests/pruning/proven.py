@@ -9,10 +9,11 @@ import json
 
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.checkpoint.formats import FORMATS, format_of
-from tests import gguf_files, tiny
+from tests import tiny
 from tests.checkpoint import hub
 from tests.contracts import documents
 from tests.data.make import FOLDER, MAKERS
+from tests.gguf_files.families import FAMILIES
 from tests.pruning import test_quantized
 
 MARKS = ("<!-- proven -->", "<!-- end of proven -->")
@@ -75,7 +76,7 @@ def table() -> str:
     wrote = by_libraries()
     rows += [f"| format {entry.name}: {entry.text} | {how(entry.name, wrote)} |" for entry in FORMATS]
     rows.append(f"| format gguf | {HOW['gguf']} |")
-    gguf = ", ".join(f"`{name}`" for name in dict.fromkeys(gguf_files.ARCHITECTURES.values()))
+    gguf = ", ".join(f"`{name}`" for name in dict.fromkeys(way.architecture for way in FAMILIES.values()))
     rows.append(f"| GGUF files, scored and judged: {gguf} | {SCORED} |")
     commuting = ", ".join(test_quantized.STACKED)
     rows.append(f"| slice, then dequantize = dequantize, then slice | bit for bit, stacked: {commuting} |")

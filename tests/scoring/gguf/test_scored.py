@@ -1,6 +1,6 @@
 """A GGUF file scores as the plain checkpoint with the values that it stands for, family by family.
 
-The files are made by tests/gguf_files.py from gguf's own tables of names; that llama.cpp computes the same logits from
+The files are made by tests/gguf_files from gguf's own tables of names; that llama.cpp computes the same logits from
 such files is tried by ./run.sh engines.
 """
 
@@ -15,17 +15,16 @@ import pytest
 
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import InputError
-from moeprune.scoring import gguf_weights
 from moeprune.scoring.building import read_config
+from moeprune.scoring.gguf import weights
 from moeprune.settings import Settings
 from tests import gguf_files, tiny
+from tests.gguf_files.families import FAMILIES
 from tests.scoring import streamed
-
-FAMILIES = tuple(gguf_files.ARCHITECTURES)
 
 
 def parent(family: str, folder: Path, **more: Any) -> Path:
-    return tiny.make(family, folder / "parent", **gguf_files.OVERRIDES.get(family, {}) | more)
+    return tiny.make(family, folder / "parent", **FAMILIES[family].overrides | more)
 
 
 NOT_KEPT = {  # in a file, or by a forward
@@ -62,7 +61,7 @@ def test_scores_are_those_of_the_values(family, tmp_path):
     folder = parent(family, tmp_path)
     values = gguf_files.convert(folder, tmp_path / "model.gguf", kind="Q8_0")
     assert_same_config(tmp_path / "model.gguf", folder)
-    rtol = 1e-6 if family == "qwen3_5_moe_text" else 0.0
+    rtol = 0.0 if FAMILIES[family].exact else 1e-6
     assert_same_sums(tmp_path / "model.gguf", gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path, rtol)
 
 
@@ -176,8 +175,8 @@ def test_what_cannot_be_read_is_refused(case, tmp_path):
         file.write_bytes(file.read_bytes().replace(b"qwen3moe", b"newmodel"))
     with pytest.raises(InputError, match=words):
         checkpoint = open_checkpoint(file)
-        gguf_weights.config_of(checkpoint)
-        gguf_weights.recipes(checkpoint)
+        weights.config_of(checkpoint)
+        weights.recipes(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +187,7 @@ def test_a_file_that_says_too_little_or_too_much(key, value, tmp_path):
     more = {key: value, "rope.scaling.factor": 4.0} if value else {}
     gguf_files.convert(folder, tmp_path / "model.gguf", without=key if value is None else "", **more)
     with pytest.raises(InputError, match="longrope cannot be read" if value else "does not say qwen3moe.attention"):
-        gguf_weights.config_of(open_checkpoint(tmp_path / "model.gguf"))
+        weights.config_of(open_checkpoint(tmp_path / "model.gguf"))
 
 
 def test_scaled_positions(tmp_path):

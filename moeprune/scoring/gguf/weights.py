@@ -17,10 +17,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
-from moeprune.scoring import gguf_library
 from moeprune.scoring.dequantize import Recipe, Stored
-from moeprune.scoring.gguf_models import INSTEAD, LEAVES, OUTSIDE, TABLE, Facts, Model, common
-from moeprune.scoring.gguf_types import SCALE, check, values
+from moeprune.scoring.gguf import library
+from moeprune.scoring.gguf.facts import INSTEAD, Facts, common
+from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, Model
+from moeprune.scoring.gguf.table import TABLE
+from moeprune.scoring.gguf.types import SCALE, check, values
 
 LAYER = re.compile(r"blk\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
 ALONE = re.compile(r"ffn_(?P<kind>gate|up|down)\.(?P<expert>\d{1,6})\.weight")  # files of 2023
@@ -41,8 +43,8 @@ Build = Callable[[Read], torch.Tensor]
 def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The configuration, from the metadata and the shapes."""
     facts = Facts(checkpoint)
-    if facts.architecture in gguf_library.ARCHITECTURES:
-        return AutoConfig.for_model(**gguf_library.config_of(checkpoint))
+    if facts.architecture in library.ARCHITECTURES:
+        return AutoConfig.for_model(**library.config_of(checkpoint))
     model = _model(facts)
     found: dict[str, Any] = {"model_type": model.model_type, "architectures": [model.architecture]}
     return AutoConfig.for_model(**found | common(facts) | model.config(facts))
@@ -67,8 +69,8 @@ def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
             match = LAYER.fullmatch(tensor.name)
             of_layer = layers.setdefault(int(match["layer"]) if match else -1, {})
             of_layer[match["leaf"] if match else tensor.name] = tensor.name
-    if facts.architecture in gguf_library.ARCHITECTURES:
-        return gguf_library.recipes(
+    if facts.architecture in library.ARCHITECTURES:
+        return library.recipes(
             checkpoint, config_of(checkpoint), [name for part in layers.values() for name in part.values()]
         )
     model, found = _model(facts), dict[str, Recipe]()
@@ -97,7 +99,7 @@ class _Part:
     def _unknown(self, leaf: str) -> InputError:
         return InputError(
             f"{self.facts.file}: {self.left[leaf]} is not known for the architecture {self.facts.architecture}; add it "
-            f"to moeprune/scoring/gguf_models.py, or {INSTEAD}"
+            f"to the tables in moeprune/scoring/gguf/, or {INSTEAD}"
         )
 
     def _plain(self, leaf: str) -> tuple[str, Recipe]:

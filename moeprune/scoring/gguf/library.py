@@ -1,6 +1,6 @@
 """GGUF architectures that transformers itself describes in full: its configuration, names and conversions are used.
 
-Its older tables (qwen3moe and others) leave sizes and constants out, so those architectures are in gguf_models.py.
+Its older tables (qwen3moe and others) leave sizes and constants out, so those architectures are in table.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers.integrations.gguf.utils import get_gguf_conversion_mapping
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.scoring.dequantize import Recipe, Stored
-from moeprune.scoring.gguf_models import shortest
-from moeprune.scoring.gguf_types import SCALE, values
+from moeprune.scoring.gguf.facts import shortest
+from moeprune.scoring.gguf.types import SCALE, values
 
 ARCHITECTURES = frozenset(GGUF_ARCHS) & frozenset(GGUF_CONFIG_ARCHS)
 

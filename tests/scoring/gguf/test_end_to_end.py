@@ -16,7 +16,7 @@ import reap
 import test_pruned_model
 from moeprune.errors import InputError, ResultError
 from moeprune.metadata import Sums
-from moeprune.scoring import gguf_tokenizer
+from moeprune.scoring.gguf import tokenizer
 from tests import gguf_files, tiny
 
 TEXTS = ("The other theory: 12 hens\n", "<|user|>hey<|end|>", "\u00e9\u4e2d  \u0000", "<|endoftext|> there")
@@ -69,7 +69,7 @@ def test_from_the_file_alone(original: Path, file: Path, tmp_path: Path) -> None
 def test_the_tokens_of_the_original(original: Path, file: Path) -> None:
     """Also none behind the last that the file lists, for which the model would have no row."""
     right = transformers.AutoTokenizer.from_pretrained(original)
-    found = gguf_tokenizer.load(file)
+    found = tokenizer.load(file)
     for text in TEXTS:
         assert found(text)["input_ids"] == right(text)["input_ids"]
     messages = [{"role": "user", "content": "hey"}]
@@ -81,14 +81,14 @@ def test_the_tokens_of_the_original(original: Path, file: Path) -> None:
 def test_the_original_tokenizer_beside_the_file_is_taken(original: Path, file: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"tokenizer.ggml.model", b"tokenizer.ggml.other"))
     with pytest.raises(InputError, match=r"describes no tokenizer.*put tokenizer\.json"):
-        gguf_tokenizer.load(file)
+        tokenizer.load(file)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (file.parent / name).write_bytes((original / name).read_bytes())
-    assert gguf_tokenizer.load(file)("the")["input_ids"] == [91, 264]
+    assert tokenizer.load(file)("the")["input_ids"] == [91, 264]
 
 
 def test_a_split_that_transformers_does_not_know_is_said(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known, other = (struct.pack("<Q", 5) + word for word in (b"qwen2", b"glm-x"))
     file.write_bytes(file.read_bytes().replace(known, other))
-    gguf_tokenizer.load(file)
+    tokenizer.load(file)
     assert "splits text as glm-x does" in capsys.readouterr().err

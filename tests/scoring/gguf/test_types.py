@@ -9,7 +9,7 @@ import torch
 
 from moeprune.checkpoint.gguf import NUMBERS, TYPES
 from moeprune.errors import InputError
-from moeprune.scoring import gguf_types
+from moeprune.scoring.gguf import types
 
 NO_NUMBERS = {"I8", "I16", "I32", "I64", "Q8_K", "Q1_0"}
 KNOWN = [name for name, _, _ in TYPES.values() if name not in NO_NUMBERS | {"F64"}]
@@ -28,9 +28,9 @@ def expected(raw: np.ndarray, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_bit_for_bit(kind, monkeypatch):
-    monkeypatch.setattr(gguf_types, "AT_ONCE", 1024)  # so that chunks meet within a row
+    monkeypatch.setattr(types, "AT_ONCE", 1024)  # so that chunks meet within a row
     raw = bytes_of(kind)
-    found = gguf_types.dequantize(torch.from_numpy(raw), kind, torch.float32).numpy()
+    found = types.dequantize(torch.from_numpy(raw), kind, torch.float32).numpy()
     numbers = ~np.isnan(expected(raw, kind))
     assert numbers.mean() > 0.9
     assert np.array_equal(np.isnan(found), ~numbers)
@@ -40,7 +40,7 @@ def test_bit_for_bit(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["Q4_K", "MXFP4"])
 def test_rounded_once_to_the_type_that_computes(kind):
     raw = bytes_of(kind)
-    found = gguf_types.dequantize(torch.from_numpy(raw), kind, torch.bfloat16)
+    found = types.dequantize(torch.from_numpy(raw), kind, torch.bfloat16)
     right = torch.from_numpy(expected(raw, kind)).to(torch.bfloat16)
     assert torch.equal(found.nan_to_num(), right.nan_to_num())
 
@@ -48,13 +48,13 @@ def test_rounded_once_to_the_type_that_computes(kind):
 @pytest.mark.parametrize("kind", sorted(NO_NUMBERS))
 def test_what_cannot_be_made_is_refused(kind):
     with pytest.raises(InputError, match=rf"blk\.0\.x is stored as {kind}.*--other-scores"):
-        gguf_types.check(kind, "blk.0.x")
+        types.check(kind, "blk.0.x")
 
 
 def test_every_type_is_either_made_or_refused():
     assert {name for name, _, _ in TYPES.values()} == NO_NUMBERS | {"F64"} | set(KNOWN)
     for kind in KNOWN:
-        gguf_types.check(kind, "blk.0.x")
+        types.check(kind, "blk.0.x")
 
 
 def test_factors_of_nvfp4():
@@ -63,5 +63,5 @@ def test_factors_of_nvfp4():
     plain = torch.from_numpy(expected(raw.numpy().reshape(6, -1), "NVFP4")).view(2, 3, -1)
     for factor in (torch.tensor([0.3]), torch.tensor([0.3, 0.7])):
         stored, grid = {"up": raw, "up.scale": factor}, factor.view(-1, 1, 1).expand(2, 1, 1)
-        assert torch.equal(gguf_types.values(stored, "up", "NVFP4", torch.float32), plain * grid)
-        assert torch.equal(gguf_types.values(stored, "up", "NVFP4", torch.float32, 1), plain[1] * grid[1])
+        assert torch.equal(types.values(stored, "up", "NVFP4", torch.float32), plain * grid)
+        assert torch.equal(types.values(stored, "up", "NVFP4", torch.float32, 1), plain[1] * grid[1])

@@ -17,37 +17,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
+from tests.gguf_files.families import FAMILIES, Arrays, Written
 
-Arrays = dict[str, np.ndarray]
-ARCHITECTURES = {
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "mixtral": "llama",
-    "gpt_oss": "gpt-oss",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "glm4_moe_lite": "deepseek2",
-    "glm4_moe": "glm4moe",
-    "dots1": "dots1",
-    "minimax_m2": "minimax-m2",
-    "olmoe": "olmoe",
-    "granitemoe": "granitemoe",
-    "lfm2_moe": "lfm2moe",
-    "qwen3_5_moe_text": "qwen35moe",
-}
-OVERRIDES: dict[str, dict[str, Any]] = {  # where llama.cpp knows one way only
-    "qwen3_moe": {"norm_topk_prob": True},
-    "mixtral": {"sliding_window": None},
-    "qwen3_5_moe_text": {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [2, 1, 1],
-            "mrope_interleaved": True,
-        }
-    },
-}
 KEYS = {  # GGUF key -> config keys, the first that is there counts
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
@@ -78,7 +49,6 @@ KEYS = {  # GGUF key -> config keys, the first that is there counts
     "ssm.group_count": ("linear_num_key_heads",),
     "ssm.time_step_rank": ("linear_num_value_heads",),
 }
-LATENT_KEYS = {"attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank"}
 EXPERT = re.compile(r"(?P<stem>.*experts)\.(?P<id>\d+)\.(?P<rest>.+)")
 
 
@@ -90,7 +60,7 @@ def convert(
     family = config["model_type"]
     tensors = {name: value.astype(np.float32) for name, value in load_file(folder / "model.safetensors").items()}
     shards = {"split_max_tensors": 20, "small_first_shard": False} if split else {}
-    writer = gguf.GGUFWriter(target, ARCHITECTURES[family], **shards)
+    writer = gguf.GGUFWriter(target, FAMILIES[family].architecture, **shards)
     for key, value in (metadata(config, mtp) | more).items():
         if key != without:
             write_value(writer, f"{writer.arch}.{key}", value)
@@ -167,7 +137,7 @@ def metadata(config: dict[str, Any], mtp: int) -> dict[str, Any]:
         value = next((config[name] for name in names if config.get(name) is not None), None)
         if value is not None:
             found[key] = value
-    family, rope = config["model_type"], config.get("rope_parameters", {})
+    rope = config.get("rope_parameters", {})
     found["rope.freq_base"] = float(rope.get("rope_theta", 10000.0))
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     found["rope.dimension_count"] = int(head * rope.get("partial_rotary_factor", 1.0))
@@ -177,28 +147,10 @@ def metadata(config: dict[str, Any], mtp: int) -> dict[str, Any]:
             found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         if rope.get("mscale_all_dim"):
             found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
-    sigmoid = family in ("deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1", "minimax_m2", "lfm2_moe")
-    found["expert_gating_func"] = 2 if sigmoid else 1
-    if "kv_lora_rank" in config:
-        found |= {key: config[name] for key, name in LATENT_KEYS.items() if config.get(name)}
-        found |= {
-            "attention.head_count_kv": 1,
-            "attention.key_length": config["kv_lora_rank"] + config["qk_rope_head_dim"],
-            "attention.value_length": config["kv_lora_rank"],
-            "attention.key_length_mla": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
-            "attention.value_length_mla": config["v_head_dim"],
-            "rope.dimension_count": config["qk_rope_head_dim"],
-        }
+    found["expert_gating_func"] = 1
     if "mlp_layer_types" in config:
         found["leading_dense_block_count"] = config["mlp_layer_types"].count("dense")
-    if family == "lfm2_moe":
-        kinds = config["layer_types"]
-        found["attention.head_count_kv"] = [config["num_key_value_heads"] * (kind != "conv") for kind in kinds]
-    if family == "qwen3_5_moe_text":
-        found["ssm.inner_size"] = config["linear_value_head_dim"] * config["linear_num_value_heads"]
-        found["full_attention_interval"] = config.get("full_attention_interval", 2)
-        found["rope.dimension_sections"] = [*rope["mrope_section"], 0]
-    return found
+    return found | FAMILIES[config["model_type"]].keys(config)
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
@@ -228,11 +180,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
         )
 
 
-Back = Callable[[np.ndarray], Arrays]
-
-
-def stored(family: str, config: dict[str, Any], tensors: Arrays) -> Iterator[tuple[str, np.ndarray, Back]]:
-    """(name in the file, array, way back from its values to the tensors of the checkpoint)."""
+def stored(family: str, config: dict[str, Any], tensors: Arrays) -> Iterator[Written]:
+    """All tensors of the file."""
     names = gguf.get_tensor_name_map(_arch(family), config["num_hidden_layers"])
     stacks: dict[str, list[str]] = {}
     for name in tensors:
@@ -248,107 +197,29 @@ def stored(family: str, config: dict[str, Any], tensors: Arrays) -> Iterator[tup
 
 
 def _arch(family: str) -> gguf.MODEL_ARCH:
-    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[family])
-
-
-def _named(names: gguf.TensorNameMap, name: str) -> str:
-    name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("dt_bias", "dt_proj.bias")
-    name = re.sub(r"feed_forward\.experts\.w(\d)", lambda m: f"mlp.experts.{EXPERT_WORDS[m[1]]}_proj", name)
-    name = re.sub(r"expert_bias$", "expert_bias.bias", name)
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    assert found, name
-    if found.endswith("attn_sinks"):
-        return f"{found}.weight"
-    return found
-
-
-def _joined(join: Callable[[np.ndarray, np.ndarray], Arrays]) -> Back:
-    """For two arrays of the file that are one tensor of the checkpoint."""
-    first: list[np.ndarray] = []
-
-    def back(value: np.ndarray) -> Arrays:
-        return join(first.pop(), value) if first else first.append(value) or {}
-
-    return back
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == FAMILIES[family].architecture)
 
 
 EXPERT_WORDS = {"1": "gate", "2": "down", "3": "up"}
 
 
+def _named(names: gguf.TensorNameMap, name: str) -> str:
+    """The name in the file, empty where gguf's tables do not know it."""
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("dt_bias", "dt_proj.bias")
+    name = re.sub(r"feed_forward\.experts\.w(\d)", lambda m: f"mlp.experts.{EXPERT_WORDS[m[1]]}_proj", name)
+    name = re.sub(r"expert_bias$", "expert_bias.bias", name)
+    found = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
+    return f"{found}.weight" if found.endswith("attn_sinks") else found
+
+
 def _one(
     family: str, config: dict[str, Any], names: gguf.TensorNameMap, name: str, array: np.ndarray
-) -> Iterator[tuple[str, np.ndarray, Back]]:
-    layer = (re.search(r"layers\.(\d+)", name) or [None, ""])[1]
-    same: Back = lambda value: {name: value}  # noqa: E731
-    if family == "gpt_oss" and ".experts." in name:
-        yield from _gpt_oss_experts(f"blk.{layer}", name, array)
-    elif name.endswith("input_linear.weight"):  # granitemoe
-        gate, up = np.split(array, 2, axis=1)
-        whole = _joined(lambda gate, up: {name: np.concatenate((gate, up), axis=1)})
-        yield f"blk.{layer}.ffn_gate_exps.weight", gate, whole
-        yield f"blk.{layer}.ffn_up_exps.weight", up, whole
-    elif family in ("mixtral", "granitemoe") and re.search(r"\.[qk]_proj\.weight", name):
-        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-        turned = array.reshape(heads, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        yield (
-            _named(names, name),
-            turned,
-            lambda value: {name: value.reshape(heads, -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)},
-        )
-    elif name.endswith("kv_b_proj.weight"):
-        yield from _keys_and_values(config, f"blk.{layer}", name, array)
+) -> Iterator[Written]:
+    stored_as = _named(names, name)
+    if turned := [*FAMILIES[family].turned(config, stored_as, name, array)]:
+        yield from turned
     elif name.endswith("shared_expert_gate.weight") or "conv.conv" in name:
-        yield _named(names, name), array.squeeze(), lambda value: {name: value.reshape(array.shape)}
-    elif family == "qwen3_5_moe_text":
-        yield _qwen35(config, _named(names, name), name, array)
+        yield stored_as, array.squeeze(), lambda value: {name: value.reshape(array.shape)}
     else:
-        yield _named(names, name), array, same
-
-
-def _qwen35(config: dict[str, Any], stored_as: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray, Back]:
-    """Norms as w + 1, decay as -exp, and value heads tiled: the first of every key head, then the second of each."""
-    if "norm" in name and "linear_attn" not in name:
-        return stored_as, array + np.float32(1), lambda value: {name: value - np.float32(1)}
-    if "linear_attn" not in name or name.endswith("norm.weight"):
-        return stored_as, array, lambda value: {name: value}
-    keys, each = config["linear_num_key_heads"], config["linear_num_value_heads"] // config["linear_num_key_heads"]
-    if "out_proj" in name:
-        turned = array.reshape(len(array), keys, each, -1).swapaxes(1, 2).reshape(array.shape)
-        return stored_as, turned, lambda v: {name: v.reshape(len(v), each, keys, -1).swapaxes(1, 2).reshape(v.shape)}
-    flat = array.reshape(len(array), -1)
-    start = 2 * keys * config["linear_key_head_dim"] if "qkv" in name or "conv1d" in name else 0
-    tail = flat[start:].reshape(keys, each, -1).swapaxes(0, 1).reshape(-1, flat.shape[1])
-    tiled = np.concatenate((flat[:start], tail))
-
-    def back(value: np.ndarray) -> Arrays:
-        value = value.reshape(flat.shape)
-        tail = value[start:].reshape(each, keys, -1).swapaxes(0, 1).reshape(-1, flat.shape[1])
-        whole = np.concatenate((value[:start], tail)).reshape(array.shape)
-        return {name: np.log(-whole) if name.endswith("A_log") else whole}
-
-    tiled = tiled.reshape(-1) if array.ndim == 1 else tiled
-    return stored_as, -np.exp(tiled) if name.endswith("A_log") else tiled, back
-
-
-def _gpt_oss_experts(block: str, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray, Back]]:
-    """Columns of gate and up by turns; matrices [E, inputs, outputs]."""
-    ending = "bias" if name.endswith("bias") else "weight"
-    turned = array.swapaxes(1, 2) if ending == "weight" else array
-    back = (lambda value: value.swapaxes(1, 2)) if ending == "weight" else (lambda value: value)
-    if "down" in name:
-        yield f"{block}.ffn_down_exps.{ending}", turned, lambda value: {name: back(value)}
-        return
-    join = _joined(lambda gate, up: {name: back(np.stack((gate, up), axis=2).reshape(turned.shape))})
-    yield f"{block}.ffn_gate_exps.{ending}", turned[:, ::2], join
-    yield f"{block}.ffn_up_exps.{ending}", turned[:, 1::2], join
-
-
-def _keys_and_values(
-    config: dict[str, Any], block: str, name: str, array: np.ndarray
-) -> Iterator[tuple[str, np.ndarray, Back]]:
-    """Latent attention: keys and values of each head apart, the keys turned."""
-    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
-    by_head = array.reshape(heads, -1, array.shape[-1])
-    join = _joined(lambda k, v: {name: np.concatenate((k.swapaxes(1, 2), v), axis=1).reshape(array.shape)})
-    yield f"{block}.attn_k_b.weight", np.ascontiguousarray(by_head[:, :nope].swapaxes(1, 2)), join
-    yield f"{block}.attn_v_b.weight", np.ascontiguousarray(by_head[:, nope:]), join
+        assert stored_as, name
+        yield stored_as, array, lambda value: {name: value}

@@ -1,0 +1,139 @@
+"""What a GGUF file says about its model: its metadata, the sizes of its tensors, and what all configurations share."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from moeprune.checkpoint import gguf
+from moeprune.checkpoint.folder import Checkpoint
+from moeprune.errors import InputError
+
+INSTEAD = "score the original model and cut this file with those scores (./run.sh prune --other-scores)"
+BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+class Facts:
+    """What a file says about its model, with an InputError for what it should say and does not."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.file = checkpoint.shards[0]
+        self.architecture = str(checkpoint.config.get("general.architecture", ""))
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise InputError(f"{self.file} does not say {self.architecture}.{key}, so its model cannot be built")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the model's own section. Of a list with one value for each layer the largest."""
+        name = f"{self.architecture}.{key}"
+        if name in self.checkpoint.config:
+            return shortest(self.checkpoint.config[name])
+        return max(found) if (found := self.each(key)) else default
+
+    def each(self, key: str) -> list[int]:
+        """A list with one number for each layer."""
+        entry = self._entries.get(f"{self.architecture}.{key}")
+        return gguf.numbers(entry) if entry is not None else []
+
+    @cached_property
+    def _entries(self) -> Mapping[str, gguf.Entry]:
+        return gguf.read_header(self.file).entries
+
+    @cached_property
+    def layers(self) -> int:
+        """Layers of the trunk; those behind predict further tokens."""
+        return int(self["block_count"]) - int(self.get("nextn_predict_layers", 0))
+
+    def has(self, leaf: str) -> bool:
+        """Whether some layer has this tensor, or the file where it is no layer's."""
+        return leaf in self.checkpoint.tensors or bool(self.shape(leaf))
+
+    def shape(self, leaf: str) -> tuple[int, ...]:
+        """The shape of this tensor in the first layer that has it."""
+        names = (f"blk.{layer}.{leaf}" for layer in range(self.layers))
+        return next((t.shape for name in names if (t := self.checkpoint.tensors.get(name))), ())
+
+    @cached_property
+    def dense(self) -> list[int]:
+        """Layers of the trunk without a router."""
+        return [i for i in range(self.layers) if f"blk.{i}.ffn_gate_inp.weight" not in self.checkpoint.tensors]
+
+    @cached_property
+    def leading_dense(self) -> int:
+        """How many dense layers come first; refused where one comes later."""
+        if self.dense != list(range(len(self.dense))):
+            raise InputError(f"{self.file}: layer {self.dense[-1]} has no experts though one before it has")
+        return len(self.dense)
+
+    @cached_property
+    def expert_width(self) -> int:
+        """Inner size of an expert."""
+        shape = self.shape("ffn_down_exps.weight") or self.shape("ffn_down.0.weight")
+        return shape[-1] if shape else int(self["expert_feed_forward_length"])
+
+    @cached_property
+    def head_dim(self) -> int:
+        """Size of a head of the attention."""
+        return int(self.get("attention.key_length") or self["embedding_length"] // self["attention.head_count"])
+
+
+def shortest(value: Any) -> Any:
+    """A number of 32 bits as its maker wrote it: 1e-06 and not 9.999999974752427e-07."""
+    if not isinstance(value, float):
+        return value
+    as_stored = struct.pack("<f", value)
+    texts = (f"{value:.{digits}g}" for digits in range(1, 10))
+    return next((float(text) for text in texts if struct.pack("<f", float(text)) == as_stored), value)
+
+
+def rope(facts: Facts, **more: Any) -> dict[str, Any]:
+    """The rotary embedding."""
+    kind = str(facts.get("rope.scaling.type", "none"))
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base", 10000.0), **more}
+    if kind == "none" or not facts.get("rope.scaling.factor"):
+        return found
+    if kind not in ("linear", "yarn"):
+        raise InputError(f"{facts.file}: rope scaling of type {kind} cannot be read; {INSTEAD}")
+    found |= {"rope_type": kind, "factor": facts["rope.scaling.factor"]}
+    if kind == "yarn":
+        found["original_max_position_embeddings"] = facts["rope.scaling.original_context_length"]
+        found |= {name: facts.get(f"rope.scaling.yarn_{name}", usual) for name, usual in BETAS.items()}
+        if (factor := facts.get("rope.scaling.yarn_attn_factor")) is not None:
+            found["attention_factor"] = factor
+    return found
+
+
+def rotating_part(facts: Facts) -> dict[str, Any]:
+    """The rotary embedding where it may turn a part of each head only."""
+    part = facts.get("rope.dimension_count", facts.head_dim) / facts.head_dim
+    return rope(facts, **({"partial_rotary_factor": part} if part < 1 else {}))
+
+
+def common(facts: Facts) -> dict[str, Any]:
+    """What the configurations of all models have."""
+    embeddings = facts.checkpoint.tensors.get("token_embd.weight")
+    if embeddings is None:
+        raise InputError(f"{facts.file} has no token_embd.weight; it is no whole model")
+    tokens = {name: facts.checkpoint.config.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
+    kinds = {tensor.dtype for tensor in facts.checkpoint.tensors.values()}
+    return tokens | {
+        "vocab_size": embeddings.shape[0],
+        "hidden_size": facts["embedding_length"],
+        "intermediate_size": facts.get("feed_forward_length", 0) or facts.expert_width,
+        "num_hidden_layers": facts.layers,
+        "num_attention_heads": facts["attention.head_count"],
+        "num_key_value_heads": facts.get("attention.head_count_kv", facts["attention.head_count"]),
+        "rms_norm_eps": facts["attention.layer_norm_rms_epsilon"],
+        "max_position_embeddings": facts["context_length"],
+        "num_experts_per_tok": facts["expert_used_count"],
+        "rope_parameters": rope(facts),
+        "tie_word_embeddings": "output.weight" not in facts.checkpoint.tensors,
+        "dtype": "float32" if kinds <= {"F32"} else "bfloat16",
+        "pad_token_id": facts.checkpoint.config.get("tokenizer.ggml.padding_token_id"),
+    }

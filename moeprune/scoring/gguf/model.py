@@ -1,0 +1,55 @@
+"""What a table says of one architecture, and the names within a layer that many of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeprune.scoring.gguf.facts import Facts
+
+
+@dataclass(frozen=True)
+class Model:
+    """One architecture: the class of transformers, what its config needs beside COMMON, and names beside LEAVES."""
+
+    model_type: str
+    architecture: str
+    config: Callable[[Facts], dict[str, Any]]
+    leaves: Mapping[str, str] = field(default_factory=dict)
+    experts: str = "mlp.experts"
+    permuted: bool = False  # the rows of q and k lie as llama.cpp's rotary embedding wants them
+    interleaved: bool = False  # experts in memory [E, inputs, outputs], a column of gate and one of up by turns
+
+
+# Name within a layer on disk -> in memory. With an ending it is the whole name, without one it keeps its ending.
+LEAVES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+    **{f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"},
+    "attn_output": "self_attn.o_proj",
+    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    **{f"ffn_{x}_shexp": f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")},
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",  # files of early 2025
+}
+OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "token_embd_norm.weight": "model.embedding_norm.weight",  # LFM2: the norm behind the last layer
+}
+SHARED_EXPERT = {f"ffn_{x}_shexp": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")} | {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate"
+}
+LATENT = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+}
+AFTER = {"post_attention_norm": "post_attention_layernorm"}

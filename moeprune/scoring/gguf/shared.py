@@ -1,0 +1,65 @@
+"""GGUF architectures after DeepSeek: dense layers first, then experts beside one that every token takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeprune.scoring.gguf.facts import Facts, rope, rotating_part, shortest
+from moeprune.scoring.gguf.model import AFTER, LATENT, Model
+
+SIGMOID = 2  # expert_gating_func
+
+
+def _routed(facts: Facts) -> dict[str, Any]:
+    """What the models after DeepSeek-V3 have in common."""
+    groups = facts.get("expert_group_count", 1) or 1
+    return {
+        "n_routed_experts": facts["expert_count"],
+        "n_shared_experts": facts.get("expert_shared_count", 0),
+        "moe_intermediate_size": facts.expert_width,
+        "first_k_dense_replace": facts.leading_dense,
+        "mlp_layer_types": ["dense" if i in facts.dense else "sparse" for i in range(facts.layers)],
+        "routed_scaling_factor": facts.get("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": bool(facts.get("expert_weights_norm", False)),
+        "n_group": groups,
+        "topk_group": facts.get("expert_group_used_count", groups) or groups,
+        "attention_bias": facts.has("attn_q.bias"),
+        "head_dim": facts.head_dim,
+    }
+
+
+def _deepseek(facts: Facts) -> dict[str, Any]:
+    rotary = int(facts["rope.dimension_count"])
+    heads = int(facts["attention.head_count"])
+    parameters = rope(facts)
+    if parameters["rope_type"] == "yarn":  # llama.cpp stores a tenth of the exponent's base
+        scale = shortest(float(facts.get("rope.scaling.yarn_log_multiplier", 0.0)) * 10)
+        parameters |= {"mscale": scale, "mscale_all_dim": scale}
+    sigmoid = facts.get("expert_gating_func", 1) == SIGMOID
+    model_type = "deepseek_v3" if sigmoid else "deepseek_v2"
+    found = _routed(facts) | {
+        "model_type": model_type,
+        "architectures": ["DeepseekV3ForCausalLM" if sigmoid else "DeepseekV2ForCausalLM"],
+        "q_lora_rank": facts.get("attention.q_lora_rank") or None,
+        "kv_lora_rank": facts["attention.kv_lora_rank"],
+        "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": int(facts.get("attention.key_length_mla", facts["attention.key_length"])) - rotary,
+        "v_head_dim": facts.get("attention.value_length_mla", facts["attention.value_length"]),
+        "num_key_value_heads": heads,
+        "rope_parameters": parameters,
+        "head_dim": rotary,
+    }
+    if not sigmoid:
+        found["topk_method"] = "group_limited_greedy" if found["n_group"] > 1 else "greedy"
+    return found
+
+
+def _glm4(facts: Facts) -> dict[str, Any]:
+    return _routed(facts) | {"use_qk_norm": facts.has("attn_q_norm.weight"), "rope_parameters": rotating_part(facts)}
+
+
+TABLE = {
+    "deepseek2": Model("deepseek_v3", "DeepseekV3ForCausalLM", _deepseek, LATENT),
+    "glm4moe": Model("glm4_moe", "Glm4MoeForCausalLM", _glm4, AFTER),
+    "dots1": Model("dots1", "Dots1ForCausalLM", _routed),
+}

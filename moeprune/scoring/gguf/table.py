@@ -1,0 +1,12 @@
+"""Which model of transformers a GGUF file holds: its configuration and the names of its tensors.
+
+A GGUF file has neither config.json nor the names that transformers knows. TABLE says for each architecture of llama.cpp
+what its keys and names stand for; sizes are read from the tensors where they can be. To add an architecture, add an
+entry to the table of its kind; what transformers itself describes in full comes from there (library.py).
+"""
+
+from __future__ import annotations
+
+from moeprune.scoring.gguf import hybrid, plain, shared
+
+TABLE = plain.TABLE | shared.TABLE | hybrid.TABLE
