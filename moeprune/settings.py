@@ -195,25 +195,25 @@ class Settings:
     )
     max_new_tokens: int = setting(96, positive, "plan test batch", "tokens to generate for a prompt at most")
     max_kl: float = setting(
-        0.8, number, "preview test", "fail above this mean KL divergence to the parent, nats per token"
+        0.5, number, "preview test", "fail above this mean KL divergence to the parent, nats per token"
     )
-    max_domain_kl: float = setting(2.0, number, "test", "fail when one domain's mean KL divergence is above this")
+    max_domain_kl: float = setting(1.5, number, "test", "fail when one domain's mean KL divergence is above this")
     max_chance: float = setting(
         0.75, number, "test", "fail above this share of the KL divergence that cuts of drawn experts have"
     )
     max_loss_increase: float = setting(
-        1.0, number, "preview test", "fail above this increase of the loss, nats per token"
+        0.5, number, "preview test", "fail above this increase of the loss, nats per token"
     )
     min_same_top: float = setting(
-        0.5, number, "test", "fail below this share of tokens with the parent's most likely one"
+        0.6, number, "test", "fail below this share of tokens with the parent's most likely one"
     )
     max_broken: float = setting(
-        0.2, number, "test", "fail when this share of texts is broken beyond the parent's share"
+        0.05, number, "test", "fail when this share of texts is broken beyond the parent's share"
     )
     max_loops: float = setting(0.0, number, "test", "fail when more texts loop: share beyond the parent's")
-    max_unended: float = setting(0.2, number, "test", "fail when more texts do not end: share beyond the parent's")
+    max_unended: float = setting(0.1, number, "test", "fail when more texts do not end: share beyond the parent's")
     min_answers: float = setting(
-        0.5, number, "test", "fail below this share of the parent's right answers, valid JSON and tool calls"
+        0.8, number, "test", "fail below this share of the parent's right answers, valid JSON and tool calls"
     )
     max_script_drift: float = setting(
         0.05, number, "test", "fail when this share of texts is in another script than the parent's"

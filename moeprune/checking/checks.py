@@ -28,6 +28,7 @@ class Check:
     status: str
     reason: str
     warning: bool = False
+    lost: str = ""  # in a few words for the last line, where something was clearly lost
 
 
 def run(report: Mapping[str, Any], settings: Settings) -> tuple[Check, ...]:
@@ -36,21 +37,17 @@ def run(report: Mapping[str, Any], settings: Settings) -> tuple[Check, ...]:
 
 
 def closing(checks: Sequence[Check]) -> str:
-    """The last line for a person: how many passed, failed and were not tested, and what a warning means."""
+    """What stands behind the word of the verdict, so that nobody takes a pass for a model as good as its parent."""
     counts = Counter(check.status for check in checks)
-    warned = [check.name for check in checks if check.warning and check.status == PASS]
-    failed = [check.name for check in checks if check.status == FAIL]
-    untested = [check.name for check in checks if check.status == NOT_TESTED]
-    parts = [f"{counts[FAIL]} failed ({', '.join(failed)})"] if failed else []
-    parts.append(f"{counts[PASS]} of {len(checks)} checks passed")
-    if untested:
-        parts.append(f"{counts[NOT_TESTED]} not tested ({', '.join(untested)})")
-    text = ", ".join(parts)
-    if warned:
-        names = ", ".join(warned)
-        text += f"; {len(warned)} of them with a warning ({names}), which is no failure: worse than the parent within "
-        text += "the limit, or too few samples to be sure; see whether you can do without what was lost"
-    return text
+    names = {status: ", ".join(c.name for c in checks if c.status == status) for status in (FAIL, NOT_TESTED)}
+    warned = sum(check.warning and check.status == PASS for check in checks)
+    parts = [f"{counts[FAIL]} failed ({names[FAIL]})"] if counts[FAIL] else []
+    parts.append(f"{counts[PASS]} of {len(checks)} checks passed" + (f", {warned} with a warning" if warned else ""))
+    if counts[NOT_TESTED]:
+        parts.append(f"{counts[NOT_TESTED]} not tested ({names[NOT_TESTED]})")
+    lost = {check.name: check.lost for check in checks if check.lost}
+    told = ", ".join(lost[name] for name in TOLD if name in lost)
+    return (f"with losses: {told}; " if told else "") + ", ".join(parts)
 
 
 Rule = Callable[[Mapping[str, Any], Settings], "list[Check]"]
@@ -79,9 +76,11 @@ def _fidelity(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     return [
         _above("KL", kl, (low, row["kl"]), settings.max_kl, notable=row["kl"] > NOTICEABLE_KL),
         _above("loss", loss, (worse[0], row["loss_increase"]), settings.max_loss_increase,
-               notable=row["loss_increase"] > NOTICEABLE_KL),
+               notable=row["loss_increase"] > NOTICEABLE_KL,
+               lost=f"loss {row['parent_loss']:.2f} -> {row['loss']:.2f}"),
         _above("same top token", same, (-top[1], -row["same_top"]), -settings.min_same_top,
-               limit=f"limit {settings.min_same_top:.0%}", notable=row["same_top"] < NOTICEABLE_TOP),
+               limit=f"limit {settings.min_same_top:.0%}", notable=row["same_top"] < NOTICEABLE_TOP,
+               lost=f"same top token {row['same_top']:.0%}"),
     ]  # fmt: skip
 
 
@@ -94,7 +93,8 @@ def _domains(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     text = f"{name}: mean KL divergence {row['kl']:.3f}, loss {row['parent_loss']:.3f} -> {row['loss']:.3f}"
     low = statistics.lower_end_of_worst(row["kl"], row["kl_interval"][0], len(rows))
     notable = row["kl"] > max(settings.max_kl, 2 * NOTICEABLE_KL)
-    return [_above("worst domain", text, (low, row["kl"]), settings.max_domain_kl, notable=notable)]
+    lost = f"worst domain {name} (loss {row['parent_loss']:.2f} -> {row['loss']:.2f})"
+    return [_above("worst domain", text, (low, row["kl"]), settings.max_domain_kl, notable=notable, lost=lost)]
 
 
 def _against_chance(report: Mapping[str, Any], settings: Settings) -> list[Check]:
@@ -134,6 +134,10 @@ def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
     return [*found, _script(generation, settings)]
 
 
+# What the last line tells, in this order, and how it calls it.
+WORDS = {"answers": "right answers", "JSON": "valid JSON", "tool calls": "right tool calls",
+         "generated text": "broken texts", "loops": "looping texts", "endings": "texts without an end"}  # fmt: skip
+TOLD = (*WORDS, "script", "loss", "same top token", "worst domain")
 ALIKE = "limit the parent's rate, but for chance"
 TEXT_CHECKS = ("generated text", "loops", "endings", "answers", "JSON", "tool calls", "script")
 
@@ -156,7 +160,8 @@ def _more(name: str, what: str, rates: Mapping[str, Any], limit: float) -> Check
     low, _ = statistics.difference((own["hits"], own["count"]), (parents["hits"], parents["count"]))
     text = f"{own['hits']} of {own['count']} texts {what}, {parents['hits']} of the parent's"
     more = own["rate"] - parents["rate"] if limit else low  # without a limit one more text is not yet a warning
-    return _above(name, text, (low, more), limit, limit=f"limit {limit:.0%} more" if limit else ALIKE, notable=low > 0)
+    return _above(name, text, (low, more), limit, limit=f"limit {limit:.0%} more" if limit else ALIKE, notable=low > 0,
+                  lost=f"{WORDS[name]} {parents['rate']:.1%} -> {own['rate']:.1%}")  # fmt: skip
 
 
 def _fewer(name: str, rates: Mapping[str, Any], limit: float) -> Check:
@@ -172,7 +177,8 @@ def _fewer(name: str, rates: Mapping[str, Any], limit: float) -> Check:
     short = limit * parents["rate"] - own["rate"]
     surely = -statistics.difference(hits, base, limit)[1]
     return _above(name, text, (surely, short), 0.0, limit=f"limit {limit:.0%} of the parent's",
-                  notable=statistics.difference(hits, base)[1] < 0)  # fmt: skip
+                  notable=statistics.difference(hits, base)[1] < 0,
+                  lost=f"{WORDS[name]} {parents['rate']:.0%} -> {own['rate']:.0%}")  # fmt: skip
 
 
 def _script(generation: Mapping[str, Any], settings: Settings) -> Check:
@@ -185,18 +191,22 @@ def _script(generation: Mapping[str, Any], settings: Settings) -> Check:
     low, rate = drift["interval"][0], drift["hits"] / drift["count"]
     limit = settings.max_script_drift
     text = f"{text}: {moves}" if moves else text
-    return _above("script", text, (low, rate), limit, limit=f"limit {limit:.0%}", notable=low > limit / 2)
+    return _above("script", text, (low, rate), limit, limit=f"limit {limit:.0%}", notable=low > limit / 2,
+                  lost=f"{rate:.0%} of the texts in another script")  # fmt: skip
 
 
-def _above(name: str, text: str, found: tuple[float, float], bound: float, *, notable: bool, limit: str = "") -> Check:
+def _above(
+    name: str, text: str, found: tuple[float, float], bound: float, *, notable: bool, limit: str = "", lost: str = ""
+) -> Check:
     """Fail when even the lower end of the interval is above the bound; `found` is that end, and the estimate."""
     low, value = found
     shown = f"{text}; {limit or f'limit {bound:g}'}"
+    lost = lost if notable or low > bound else ""
     if low > bound:
-        return Check(name, FAIL, shown)
+        return Check(name, FAIL, shown, lost=lost)
     if value > bound:
-        return Check(name, PASS, f"{shown}, which it may be beyond: too few samples to be sure", warning=True)
-    return Check(name, PASS, shown, notable)
+        return Check(name, PASS, f"{shown}, which it may be beyond: too few samples to be sure", True, lost)
+    return Check(name, PASS, shown, notable, lost)
 
 
 def _missing(report: Mapping[str, Any]) -> str:

@@ -111,7 +111,7 @@ def _licence(inherited: Mapping[str, list[str]], licences: list[str]) -> str:
 def _numbers(report: Json) -> list[str]:
     if not report:
         return ["Not measured."]
-    parts = [f"Verdict of the judge: **{report['verdict']}**."]
+    parts = [f"Verdict of the judge: **{report['verdict']}**, {_plain(report['summary'])}."]
     rows: list[tuple[str, ...]] = [("", "parent", "this model")]
     inputs = report["inputs"]
     before = (inputs.get("parent") or {}).get("bytes")

@@ -58,6 +58,6 @@ def show(result: dict[str, Any]) -> None:
     for check in result["checks"]:
         mark = "warning" if check["warning"] and check["status"] == "pass" else check["status"]
         console.say(f"{mark:>10}  {check['name']}: {check['reason']}")
-    console.say(f"{result['verdict']:>10}  {result['summary']}")
+    console.say(f"{'verdict':>10}  {result['verdict']}, {result['summary']}")
     for line in lm_eval.lines(result.get("lm_eval", {})):
         console.say(line)

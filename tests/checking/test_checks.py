@@ -33,10 +33,10 @@ def report(**changes: Any) -> dict[str, Any]:
     """A sound cut, but for the changes."""
     rates = {
         "broken": rate(0, 800, 0), "loop": rate(1, 800, 0), "not ended": rate(0, 800, 0),
-        "correct": rate(413, 642, 632), "valid JSON": rate(29, 40, 40), "right JSON keys": rate(22, 40, 40),
+        "correct": rate(540, 642, 632), "valid JSON": rate(34, 40, 40), "right JSON keys": rate(33, 40, 40),
     }  # fmt: skip
     drift = {"hits": 0, "count": 484, "interval": list(statistics.wilson(0, 484)), "moves": {}}
-    domains = {f"d{i}": row(0.3) for i in range(19)} | {"python": row(1.4, 0.5)}
+    domains = {f"d{i}": row(0.3) for i in range(19)} | {"python": row(1.3, 0.4)}
     found = {
         "structure": {"status": "pass", "reason": "same"},
         "fidelity": {"overall": row(0.385, 0.05), "domains": domains},
@@ -61,29 +61,29 @@ def fidelity(**overall: Any) -> dict[str, Any]:
 
 FAILING = {
     "KL": fidelity(kl=1.0, kl_interval=[0.9, 1.1]),
-    "loss": fidelity(loss_increase=1.3, loss_increase_interval=[1.1, 1.5]),
+    "loss": fidelity(loss_increase=0.7, loss_increase_interval=[0.6, 0.8]),
     "same top token": fidelity(same_top=0.4, same_top_interval=[0.35, 0.45]),
     "better than chance": {"share_of_chance": {"share": 0.9, "interval": [0.8, 1.0]}},
     "worst domain": {"fidelity": {"overall": row(0.385), "domains": {"a": row(0.3), "b": row(3.0, 0.5)}}},
     "generated text": {"broken": rate(300, 800, 20)},
     "loops": {"loop": rate(48, 800, 24)},
     "endings": {"not ended": rate(300, 800, 20)},
-    "answers": {"correct": rate(185, 642, 632)},
-    "JSON": {"valid JSON": rate(9, 40, 40)},
-    "tool calls": {"right JSON keys": rate(9, 40, 40)},
+    "answers": {"correct": rate(400, 642, 632)},
+    "JSON": {"valid JSON": rate(22, 40, 40)},
+    "tool calls": {"right JSON keys": rate(22, 40, 40)},
     "script": {"generation": report()["generation"] | {
         "script_drift": {"hits": 60, "count": 484, "interval": list(statistics.wilson(60, 484)), "moves": {}}
     }},
 }  # fmt: skip
 UNSURE = {
-    "KL": fidelity(kl=0.9, kl_interval=[0.7, 1.1]),
-    "loss": fidelity(loss_increase=1.1, loss_increase_interval=[0.9, 1.3]),
-    "same top token": fidelity(same_top=0.45, same_top_interval=[0.39, 0.51]),
+    "KL": fidelity(kl=0.6, kl_interval=[0.4, 0.8]),
+    "loss": fidelity(loss_increase=0.6, loss_increase_interval=[0.4, 0.8]),
+    "same top token": fidelity(same_top=0.58, same_top_interval=[0.54, 0.62]),
     "better than chance": {"share_of_chance": {"share": 0.8, "interval": [0.7, 0.9]}},
-    "worst domain": {"fidelity": {"overall": row(0.3), "domains": {f"d{i}": row(2.6, 0.5) for i in range(20)}}},
-    "generated text": {"broken": rate(6, 20, 0)},
-    "endings": {"not ended": rate(6, 20, 0)},
-    "answers": {"correct": rate(8, 20, 19)},
+    "worst domain": {"fidelity": {"overall": row(0.3), "domains": {f"d{i}": row(1.7, 0.4) for i in range(20)}}},
+    "generated text": {"broken": rate(2, 20, 0)},
+    "endings": {"not ended": rate(3, 20, 0)},
+    "answers": {"correct": rate(14, 20, 19)},
 }
 
 
@@ -151,13 +151,26 @@ def test_without_a_parent_only_what_needs_none_is_tested():
     assert found["generated text"].status == "fail"
 
 
-def test_the_last_line_counts_and_says_what_a_warning_is():
+def test_the_last_line_says_what_was_lost_and_counts():
     def closing(changes: dict[str, Any]) -> str:
         return checks.closing(checks.run(report(**changes), Settings()))
 
-    assert closing({}).startswith("13 of 13 checks passed; 7 of them with a warning (KL, loss, same top token, worst")
+    assert closing({}) == (
+        "with losses: right answers 98% -> 84%, valid JSON 100% -> 85%, right tool calls 100% -> 82%, "
+        "loss 1.00 -> 1.39, same top token 90%, worst domain python (loss 1.00 -> 2.30); "
+        "13 of 13 checks passed, 7 with a warning"
+    )
     failing = closing({"loop": rate(48, 800, 24), "structure": None})
-    assert failing.startswith("1 failed (loops), 11 of 13 checks passed, 1 not tested (structure)")
+    assert "right tool calls 100% -> 82%, looping texts 3.0% -> 6.0%, loss" in failing
+    assert failing.endswith("; 1 failed (loops), 11 of 13 checks passed, 7 with a warning, 1 not tested (structure)")
+
+
+def test_a_model_that_lost_nothing_is_not_said_to_have():
+    same = rate(632, 642, 632)
+    nothing = fidelity(kl=0.0, kl_interval=[0, 0], loss_increase=0.0, same_top=1.0)
+    nothing["fidelity"]["domains"] = {"a": row(0.0, 0.0)}
+    found = verdicts({**nothing, "correct": same, "valid JSON": rate(40, 40, 40), "right JSON keys": rate(40, 40, 40)})
+    assert checks.closing(tuple(found.values())) == "13 of 13 checks passed"
 
 
 def test_the_difference_of_two_rates_is_newcombes():

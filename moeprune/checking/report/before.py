@@ -40,10 +40,15 @@ def head(recipe: Json, test: Json) -> Html:
         words.append(f"chosen by {plan.get('how', {}).get('metric', 'a plan')}")
     if facts.get("model_type"):
         words.append(str(facts["model_type"]))
-    said = test.get("summary", "the verdict of the judge")
-    verdict = tag("p", chip(test["verdict"]), f" {said}", class_="verdict") if test else None
+    verdict = tag("p", chip(_word(test)), f" {test['summary']}", class_="verdict") if test else None
     return tag("header", tag("p", "Expert pruning report", class_="eyebrow"), tag("h1", model_name(recipe, test)),
                tag("p", " \u00b7 ".join(words), class_="lead"), verdict)  # fmt: skip
+
+
+def _word(test: Json) -> str:
+    """A pass with losses does not look like one without."""
+    lossy = test["verdict"] == "pass" and any(check.get("lost") for check in test["checks"])
+    return "pass with losses" if lossy else str(test["verdict"])
 
 
 def warnings(recipe: Json, preview: Json, test: Json) -> Html | None:

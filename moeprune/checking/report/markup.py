@@ -68,7 +68,9 @@ def _cell(cell: Any) -> Html:
 def chip(word: str) -> Html:
     """A status: a coloured word with a sign, so that colour is not all."""
     kind = word.replace(" ", "-")
-    sign = {"pass": "\u2713", "fail": "\u2717", "warning": "!", "not-tested": "\u2013"}.get(kind, "\u00b7")
+    sign = {"pass": "\u2713", "fail": "\u2717", "warning": "!", "pass-with-losses": "!", "not-tested": "\u2013"}.get(
+        kind, "\u00b7"
+    )
     return tag("span", tag("b", sign, aria_hidden="true"), f" {word}", class_=f"chip {kind}")
 
 
