@@ -19,7 +19,7 @@ from moeprune.results import FILES, SCORES
 from moeprune.settings import FIELDS, Settings, resolve
 
 if TYPE_CHECKING:
-    from moeprune.scoring.calibration import Calibration
+    from moeprune.scoring.calibration.load import Calibration
 
 # Settings that do not change what is measured; all others of this stage are part of the fingerprint.
 IRRELEVANT = {"model_path", "output_path", "device", "hidden_memory", "force", "hf_token"} | PLANNING
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 def inputs_fingerprint(settings: Settings, checkpoint: Checkpoint) -> str:
     """A digest of everything that the result depends on; cheap, and computed before torch is imported."""
-    from moeprune.scoring.sources import request_digest
+    from moeprune.scoring.calibration.sources import request_digest
 
     values = {name: value for name, value in settings.public()["values"].items() if name in MEASURING}
     return digest(VERSION, fingerprint(checkpoint), request_digest(settings), to_text(values))
@@ -59,7 +59,7 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
     console.say(f"model: {describe(checkpoint, layout)}")
     check_wishes(settings, Model.of(layout))
     from moeprune.scoring.building import read_config
-    from moeprune.scoring.calibration import load_calibration
+    from moeprune.scoring.calibration.load import load_calibration
     from moeprune.scoring.run import load_tokenizer, score_experts
 
     tokenizer = load_tokenizer(checkpoint.place, settings)

@@ -40,7 +40,7 @@ from moeprune.metadata import Sums, write_json  # noqa: E402
 from moeprune.planning import plan, saliency  # noqa: E402
 from moeprune.planning.protection import for_special_tokens  # noqa: E402
 from moeprune.scoring.building import read_config  # noqa: E402
-from moeprune.scoring.calibration import load_calibration  # noqa: E402
+from moeprune.scoring.calibration.load import load_calibration  # noqa: E402
 from moeprune.scoring.run import load_tokenizer, score_experts  # noqa: E402
 from moeprune.settings import Settings  # noqa: E402
 

@@ -28,8 +28,8 @@ GROUP = 20_000  # rows of a group of a parquet file
 READ = """
 import json, re, sys, time
 from pathlib import Path
-from moeprune.scoring.selection import choose
-from moeprune.scoring.sources import parse_sources
+from moeprune.scoring.calibration.selection import choose
+from moeprune.scoring.calibration.sources import parse_sources
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before, begun = peak(), time.process_time()
 choice = choose(parse_sources(sys.argv[1])[0], 512, 42, {}, 65_536)

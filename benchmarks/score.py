@@ -27,7 +27,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
 from moeprune.checkpoint.families import understand  # noqa: E402
 from moeprune.checkpoint.folder import open_checkpoint  # noqa: E402
 from moeprune.scoring.adapters import attached, find_sites  # noqa: E402
-from moeprune.scoring.batching import Batch  # noqa: E402
+from moeprune.scoring.calibration.batching import Batch  # noqa: E402
 from moeprune.scoring.observer import Observer  # noqa: E402
 from moeprune.scoring.run import forward  # noqa: E402
 from moeprune.scoring.streaming import LayerStream  # noqa: E402

@@ -25,7 +25,7 @@ import torch
 from moeprune.checkpoint.families import Block
 from moeprune.errors import InputError, MachineError
 from moeprune.metadata import BlockSums, Sums
-from moeprune.scoring.batching import NOT_COUNTED, SLICES, SPECIAL, Batch
+from moeprune.scoring.calibration.batching import NOT_COUNTED, SLICES, SPECIAL, Batch
 from moeprune.scoring.streaming import LayerStream
 from moeprune.scoring.tally import Tally, row_sizes, sums_from_tensors, sums_to_tensors
 

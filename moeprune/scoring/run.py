@@ -15,13 +15,13 @@ from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.metadata import Sums
 from moeprune.scoring.adapters import attached, find_sites
-from moeprune.scoring.batching import Batch
-from moeprune.scoring.calibration import Calibration
+from moeprune.scoring.calibration.batching import Batch
+from moeprune.scoring.calibration.load import Calibration
+from moeprune.scoring.calibration.pixels import moved
 from moeprune.scoring.entrance import also_given, entrance
 from moeprune.scoring.gguf import tokenizer as gguf_tokenizer
 from moeprune.scoring.memory import peak
 from moeprune.scoring.observer import Observer
-from moeprune.scoring.pixels import moved
 from moeprune.scoring.resume import SavedState
 from moeprune.scoring.streaming import Forward, LayerStream
 from moeprune.settings import Settings

@@ -15,7 +15,7 @@ import torch
 
 from moeprune.arrays import Array
 from moeprune.metadata import BlockSums
-from moeprune.scoring.batching import SLICES
+from moeprune.scoring.calibration.batching import SLICES
 
 WEIGHTS = ("count", "gate_sum", "gate_sq_sum")  # known from the router alone
 NORMS = ("norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_norm_sq_sum")

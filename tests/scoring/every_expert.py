@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.nn.functional import silu
 from torch.overrides import TorchFunctionMode
 
-from moeprune.scoring.batching import Batch
+from moeprune.scoring.calibration.batching import Batch
 
 # All others take the softmax over the logits of all experts.
 SIGMOID = {

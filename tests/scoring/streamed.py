@@ -16,7 +16,7 @@ from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.metadata import Sums
 from moeprune.scoring.adapters import attached, find_sites
-from moeprune.scoring.batching import Batch
+from moeprune.scoring.calibration.batching import Batch
 from moeprune.scoring.observer import Observer
 from moeprune.scoring.run import forward
 from moeprune.scoring.streaming import LayerStream

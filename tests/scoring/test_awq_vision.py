@@ -22,7 +22,7 @@ import prune_model
 import reap
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.metadata import Sums
-from moeprune.scoring.calibration import load_calibration
+from moeprune.scoring.calibration.load import load_calibration
 from moeprune.scoring.streaming import LayerStream
 from moeprune.settings import Settings
 from tests import tiny

@@ -17,7 +17,7 @@ from torch.nn import Module
 from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.scoring.adapters import attached, find_sites
-from moeprune.scoring.batching import Batch
+from moeprune.scoring.calibration.batching import Batch
 from moeprune.scoring.entrance import also_given, entrance
 from moeprune.scoring.observer import Observer, Site
 from moeprune.scoring.streaming import LayerStream

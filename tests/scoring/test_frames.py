@@ -11,7 +11,7 @@ from greenlet import getcurrent, greenlet
 
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.scoring import parking
-from moeprune.scoring.batching import Batch, unpacked
+from moeprune.scoring.calibration.batching import Batch, unpacked
 from moeprune.scoring.frames import held_by
 from moeprune.scoring.streaming import LayerStream
 from tests.scoring import streamed

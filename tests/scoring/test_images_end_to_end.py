@@ -15,17 +15,17 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from tests.scoring.calibration.test_images import noise
 from transformers import AutoTokenizer
 
 import prune_model
 import reap
 from moeprune.metadata import Sums
-from moeprune.scoring.batching import Batch
-from moeprune.scoring.calibration import load_calibration
+from moeprune.scoring.calibration.batching import Batch
+from moeprune.scoring.calibration.load import load_calibration
 from moeprune.settings import Settings
 from tests import tiny
 from tests.scoring import vision
-from tests.scoring.test_calibration_images import noise
 from tests.scoring.test_oracle import oracle
 
 # Where the modules with the experts are, for the oracle. It does not know how Gemma calls its experts.

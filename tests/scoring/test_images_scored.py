@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moeprune.scoring.batching import unpacked
-from moeprune.scoring.documents import Document
+from moeprune.scoring.calibration.batching import unpacked
+from moeprune.scoring.calibration.documents import Document
 from tests import tiny
 from tests.scoring import streamed, vision
 from tests.scoring.test_oracle import oracle

@@ -15,7 +15,7 @@ import torch
 from torch.nn import Module
 from torch.nn.functional import silu
 
-from moeprune.scoring.batching import Batch
+from moeprune.scoring.calibration.batching import Batch
 from tests.scoring import streamed
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe")

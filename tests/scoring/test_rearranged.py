@@ -86,7 +86,7 @@ def test_latent_attention(tmp_path):
 
 @pytest.mark.parametrize("converted", [True, False])
 def test_convolutions_and_the_norms_that_go_with_them(tmp_path, converted):
-    """mlx-lm turns [C, 1, K] and adds one to these norms, and does neither to a file where it is done."""
+    """mlx-lm turns [C, 1, K] and adds one to these norms; files of others have neither."""
     conv, norms = torch.randn(H, 1, 3), ("input_layernorm", "self_attn.q_norm", "linear_attn.norm")
     expected = {f"{LAYER}.linear_attn.conv1d.weight": conv}
     expected |= {f"{LAYER}.{norm}.weight": torch.randint(-8, 8, (H,)) / 16 for norm in norms}
@@ -96,7 +96,7 @@ def test_convolutions_and_the_norms_that_go_with_them(tmp_path, converted):
         mlx[f"{LAYER}.linear_attn.conv1d.weight"] = conv.mT
         for name in ("model.norm.weight", f"{LAYER}.input_layernorm.weight", f"{LAYER}.self_attn.q_norm.weight"):
             mlx[name] = expected[name] + 1
-    check(back(tmp_path, "qwen3_next", mlx), expected)
+    check(back(tmp_path, "qwen3_next", mlx, "mlx" if converted else "pt"), expected)
 
 
 def test_a_convolution_of_one_step_stays_as_it_is(tmp_path):

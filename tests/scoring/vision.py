@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from moeprune.scoring.batching import Batch
-from moeprune.scoring.pixels import moved
-from moeprune.scoring.processors import load_processor
+from moeprune.scoring.calibration.batching import Batch
+from moeprune.scoring.calibration.pixels import moved
+from moeprune.scoring.calibration.processors import load_processor
 from tests import tiny
 from tests.scoring import byte_tokenizer
 

@@ -7,7 +7,7 @@ import re
 from random import Random
 from typing import Any
 
-from moeprune.scoring.builtin.words import CITIES, GOODS, NAMES
+from moeprune.scoring.calibration.builtin.words import CITIES, GOODS, NAMES
 
 # Tool -> what it does and its parameters, each as name:type:meaning.
 TOOLS: dict[str, tuple[str, str]] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from moeprune.scoring.builtin.words import CITIES, NAMES, pair
+from moeprune.scoring.calibration.builtin.words import CITIES, NAMES, pair
 
 
 def records(rng: Random) -> list[dict[str, Any]]:

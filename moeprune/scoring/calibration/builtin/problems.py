@@ -7,7 +7,7 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from moeprune.scoring.builtin.words import CITIES, DAYS, GOODS, NAMES, pair
+from moeprune.scoring.calibration.builtin.words import CITIES, DAYS, GOODS, NAMES, pair
 
 
 def equation(rng: Random) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write the generated half of the built-in calibration set anew: python -m moeprune.scoring.builtin.generate
+"""Write the generated half of the built-in set anew: python -m moeprune.scoring.calibration.builtin.generate
 
 The other files (chat, code, languages, prose) were written by hand. All of it is this project's own text.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from moeprune.scoring.builtin import problems, requests, structured
+from moeprune.scoring.calibration.builtin import problems, requests, structured
 
 SAMPLES = 72  # of each domain
 
