@@ -17,7 +17,9 @@ from moeprune.checkpoint import gguf
 from moeprune.checkpoint.folder import Checkpoint, Tensor
 from moeprune.checkpoint.formats import check_not_refused, quantization_of
 from moeprune.errors import InputError
-from moeprune.scoring.number_formats import TABLE, Format, Quantization
+from moeprune.scoring import torchao
+from moeprune.scoring.decoding import Quantization
+from moeprune.scoring.number_formats import TABLE, Format
 from moeprune.scoring.rearranged import rearranged
 from moeprune.scoring.recipe import Make, Recipe, Stored
 
@@ -71,7 +73,7 @@ def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
         if match is not None:
             form, stem, sources = match
             used.update(sources.values())
-            plain = _torchao_name(stem) if "_qdata" in form.endings else stem + form.plain
+            plain = torchao.plain_name(stem) if "_qdata" in form.endings else stem + form.plain
             settings = {**quantization, **_own(stem, plain, quantization, about)}
             found[plain] = Recipe(sources, _with(form, settings))
     found |= {name: _stored(name, checkpoint) for name in checkpoint.tensors if name not in used}
@@ -109,12 +111,6 @@ def _refuse_rotated(checkpoint: Checkpoint, quantization: Quantization) -> None:
 def _about(checkpoint: Checkpoint) -> dict[str, str]:
     """What shards say beside the tensors, under the tensors' plain names."""
     return {name: text for metadata in checkpoint.shard_metadata.values() for name, text in metadata.items()}
-
-
-def _torchao_name(stem: str) -> str:
-    """torchao writes `experts._down_proj_qdata` for experts.down_proj."""
-    module, _, attribute = stem.rpartition(".")
-    return f"{module}.{attribute.removeprefix('_')}"
 
 
 def _own(stem: str, plain: str, quantization: Quantization, about: Mapping[str, str]) -> Quantization:

@@ -148,7 +148,32 @@ def nested_absmax(
     return value * scale.float().repeat_interleave(blocksize)[: len(value)] + offset
 
 
-def signed_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """modelopt's INT4: two neighbouring outputs a byte, the low nibble first; [O/2, I] on disk, [O, I] here."""
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-2).flatten(-3, -2).to(torch.int8)
+def signed_nibbles(packed: torch.Tensor, axis: int) -> torch.Tensor:
+    """Two neighbours along the axis (-2: outputs, -1: inputs) in a byte, the low nibble first, as signed numbers."""
+    low, high = packed & 15, (packed >> 4) & 15
+    nibbles = torch.stack((low, high), dim=axis).flatten(axis - 1, axis).to(torch.int8)
     return torch.where(nibbles > 7, nibbles - 16, nibbles)
+
+
+def affine(
+    value_OI: torch.Tensor, scale_OG: torch.Tensor, offset_OG: torch.Tensor, group: int | None = None
+) -> torch.Tensor:
+    """value * scale + offset, a group of neighbouring inputs sharing both."""
+    inputs, groups = value_OI.shape[-1], scale_OG.shape[-1]
+    index_I = torch.arange(inputs, device=value_OI.device) // block_size(inputs, groups, group)
+    scale_OI, offset_OI = (grid.float().index_select(-1, index_I) for grid in (scale_OG, offset_OG))
+    return value_OI.float() * scale_OI + offset_OI
+
+
+def tiles(words: torch.Tensor) -> torch.Tensor:
+    """Four-bit values in the order of NVIDIA's tensor cores, [O / 8, I / 32 P, 32, P] words of eight -> [O, I].
+
+    Lane t of a tile holds row t // 4. Of 32 neighbouring inputs its word has pairs i = 0..3 that begin at
+    8 i + 2 (t % 4): their first values in the four low nibbles, their second ones in the four high nibbles.
+    """
+    shifts = torch.arange(0, 32, 4, device=words.device)
+    nibbles = (words.unsqueeze(-1) >> shifts) & 15
+    tile_row_column = nibbles.unflatten(-3, (8, 4)).unflatten(-1, (2, 4))  # [tile, super, row, t, P, second, i]
+    ordered = tile_row_column.movedim((-7, -5, -6, -3, -1, -4, -2), (-7, -6, -5, -4, -3, -2, -1))
+    values: torch.Tensor = ordered.flatten(-5, -1).flatten(-3, -2)
+    return values

@@ -134,7 +134,7 @@ def test_torchao(tmp_path, name):
         stored["per_tensor_scale"], grid = torch.tensor(0.3), grid * torch.tensor(0.3)
     torchao(tmp_path, name.split()[0], {"is_swizzled_scales": False}, stored)
     same(opened(tmp_path, torch.float32)["m.weight"], value * grid.repeat_interleave(64 // grid.shape[1], 1))
-    for kind, data in (("Int4Tensor", {}), (name.split()[0], {"is_swizzled_scales": True})):
+    for kind, data in (("Int4PreshuffledTensor", {}), (name.split()[0], {"is_swizzled_scales": True})):
         torchao(tmp_path / kind, kind, data, stored)
         with pytest.raises(InputError, match="torchao"):
             opened(tmp_path / kind, torch.float32)
