@@ -39,6 +39,7 @@ KEYS = {  # GGUF key -> config keys, the first that is there counts
     "expert_weights_scale": ("routed_scaling_factor",),
     "expert_weights_norm": ("norm_topk_prob",),
     "leading_dense_block_count": ("first_k_dense_replace", "num_dense_layers"),
+    "interleave_moe_layer_step": ("interleave_moe_layer_step",),
     "attention.scale": ("attention_multiplier",),
     "embedding_scale": ("embedding_multiplier",),
     "residual_scale": ("residual_multiplier",),

@@ -125,6 +125,19 @@ def _qwen35(config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
     yield stored_as, -np.exp(tiled) if name.endswith("A_log") else tiled, back
 
 
+def _llama4(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Matrices [E, inputs, outputs], gate before up."""
+    if ".experts." not in name:
+        return
+    turned = array.swapaxes(1, 2)
+    if "down" in name:
+        yield f"{block(name)}.ffn_down_exps.weight", turned, lambda value: {name: value.swapaxes(1, 2)}
+        return
+    join = joined(lambda gate, up: {name: np.concatenate((gate, up), axis=1).swapaxes(1, 2)})
+    for kind, half in zip(("gate", "up"), np.split(turned, 2, axis=1), strict=True):
+        yield f"{block(name)}.ffn_{kind}_exps.weight", half, join
+
+
 def _gpt_oss(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
     """Columns of gate and up by turns; matrices [E, inputs, outputs]."""
     if ".experts." not in name:
@@ -163,6 +176,12 @@ FAMILIES = {
     "glm4_moe_lite": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
     "glm4_moe": Family("glm4moe", keys=sigmoid),
     "dots1": Family("dots1", engine={"num_key_value_heads": 4}, keys=sigmoid),
+    "llama4_text": Family(
+        "llama4",
+        overrides={"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
+        keys=lambda config: {"feed_forward_length": config["intermediate_size_mlp"]},
+        turned=_llama4,
+    ),
     "minimax_m2": Family("minimax-m2", keys=sigmoid),
     "olmoe": Family("olmoe", engine={"num_key_value_heads": 4}),
     "granitemoe": Family("granitemoe", turned=_granite),

@@ -54,6 +54,12 @@ class Facts:
         """Whether some layer has this tensor, or the file where it is no layer's."""
         return leaf in self.checkpoint.tensors or bool(self.shape(leaf))
 
+    def values(self, name: str) -> list[float]:
+        """The numbers of a small tensor in 32 bits, none where the file lacks it."""
+        if name not in self.checkpoint.tensors:
+            return []
+        return [value for (value,) in struct.iter_unpack("<f", self.checkpoint.read_bytes(name))]
+
     def shape(self, leaf: str) -> tuple[int, ...]:
         """The shape of this tensor in the first layer that has it."""
         names = (f"blk.{layer}.{leaf}" for layer in range(self.layers))
@@ -96,6 +102,10 @@ def rope(facts: Facts, **more: Any) -> dict[str, Any]:
     """The rotary embedding."""
     kind = str(facts.get("rope.scaling.type", "none"))
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base", 10000.0), **more}
+    if divisors := facts.values("rope_freqs.weight"):  # of the frequencies, as Llama 3 scales them
+        length = facts["context_length"]
+        names = {"short_factor": divisors, "long_factor": divisors, "original_max_position_embeddings": length}
+        return found | names | {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
     if kind == "none" or not facts.get("rope.scaling.factor"):
         return found
     if kind not in ("linear", "yarn"):

@@ -19,7 +19,18 @@ class Model:
     leaves: Mapping[str, str] = field(default_factory=dict)
     experts: str = "mlp.experts"
     permuted: bool = False  # the rows of q and k lie as llama.cpp's rotary embedding wants them
-    interleaved: bool = False  # experts in memory [E, inputs, outputs], a column of gate and one of up by turns
+    columns: bool = False  # experts in memory [E, inputs, outputs]
+    by_turns: bool = False  # gate and up in memory by turns, an output of each
+
+
+def feed_forward(target: str, leaf: str = "ffn_{}") -> dict[str, str]:
+    """The three matrices of a dense layer, or of an expert that every token takes."""
+    return {leaf.format(x): f"{target}.{x}_proj" for x in ("gate", "up", "down")}
+
+
+def shared_expert(target: str) -> dict[str, str]:
+    """The expert that every token takes."""
+    return feed_forward(target, "ffn_{}_shexp")
 
 
 # Name within a layer on disk -> in memory. With an ending it is the whole name, without one it keeps its ending.
@@ -29,8 +40,8 @@ LEAVES = {
     **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
     **{f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"},
     "attn_output": "self_attn.o_proj",
-    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-    **{f"ffn_{x}_shexp": f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")},
+    **feed_forward("mlp"),
+    **shared_expert("mlp.shared_experts"),
     "ffn_gate_inp": "mlp.gate",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "exp_probs_b": "mlp.gate.e_score_correction_bias",  # files of early 2025
@@ -41,9 +52,7 @@ OUTSIDE = {
     "output.weight": "lm_head.weight",
     "token_embd_norm.weight": "model.embedding_norm.weight",  # LFM2: the norm behind the last layer
 }
-SHARED_EXPERT = {f"ffn_{x}_shexp": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")} | {
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate"
-}
+SHARED_EXPERT = shared_expert("mlp.shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 LATENT = {
     "attn_q_a": "self_attn.q_a_proj",
     "attn_q_a_norm": "self_attn.q_a_layernorm",

@@ -85,7 +85,7 @@ TABLE = {
     "qwen3moe": Model("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3),
     "qwen3vlmoe": Model("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3),  # for text they are the same
     "llama": Model("mixtral", "MixtralForCausalLM", _mixtral, permuted=True),
-    "gpt-oss": Model("gpt_oss", "GptOssForCausalLM", _gpt_oss, AFTER | ROUTER, interleaved=True),
+    "gpt-oss": Model("gpt_oss", "GptOssForCausalLM", _gpt_oss, AFTER | ROUTER, columns=True, by_turns=True),
     "minimax-m2": Model("minimax_m2", "MiniMaxM2ForCausalLM", _minimax, BLOCK_BIAS),
     "olmoe": Model("olmoe", "OlmoeForCausalLM", _olmoe),
     "granitemoe": Model(

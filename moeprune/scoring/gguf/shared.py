@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.scoring.gguf.facts import Facts, rope, rotating_part, shortest
-from moeprune.scoring.gguf.model import AFTER, LATENT, Model
+from moeprune.scoring.gguf.model import AFTER, LATENT, Model, feed_forward, shared_expert
 
 SIGMOID = 2  # expert_gating_func
+UNNORMED = 128  # experts of the one Llama 4 whose queries and keys have no norm; a file says it in no other way
 
 
 def _routed(facts: Facts) -> dict[str, Any]:
@@ -58,7 +59,29 @@ def _glm4(facts: Facts) -> dict[str, Any]:
     return _routed(facts) | {"use_qk_norm": facts.has("attn_q_norm.weight"), "rope_parameters": rotating_part(facts)}
 
 
+def _llama4(facts: Facts) -> dict[str, Any]:
+    every = 4  # a layer without positions, as llama.cpp has it; it knows the lengths below by heart, too
+    return {
+        "num_local_experts": facts["expert_count"],
+        "intermediate_size": facts.expert_width,
+        "intermediate_size_mlp": facts["feed_forward_length"],
+        "head_dim": facts.head_dim,
+        "moe_layers": [i for i in range(facts.layers) if i not in facts.dense],
+        "interleave_moe_layer_step": facts["interleave_moe_layer_step"],
+        "no_rope_layer_interval": every,
+        "attention_chunk_size": 8192,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+        "use_qk_norm": facts["expert_count"] != UNNORMED,
+    }
+
+
+LLAMA4 = feed_forward("feed_forward") | shared_expert("feed_forward.shared_expert")
+LLAMA4 |= {"ffn_gate_inp": "feed_forward.router"}
+
 TABLE = {
+    "llama4": Model("llama4_text", "Llama4ForCausalLM", _llama4, LLAMA4, experts="feed_forward.experts", columns=True),
     "deepseek2": Model("deepseek_v3", "DeepseekV3ForCausalLM", _deepseek, LATENT),
     "glm4moe": Model("glm4_moe", "Glm4MoeForCausalLM", _glm4, AFTER),
     "dots1": Model("dots1", "Dots1ForCausalLM", _routed),

@@ -26,7 +26,9 @@ from moeprune.scoring.gguf.types import SCALE, check, values
 
 LAYER = re.compile(r"blk\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
 ALONE = re.compile(r"ffn_(?P<kind>gate|up|down)\.(?P<expert>\d{1,6})\.weight")  # files of 2023
-UNUSED = re.compile(r"(\.input_scale|rope_freqs\.weight|attn_rot_embd\.weight)$")  # the first is for engines in FP4
+UNUSED = re.compile(  # for engines in FP4; part of the configuration; a table of cosines
+    r"(\.input_scale|rope_freqs\.weight|attn_rot_embd\.weight)$"
+)
 UNSQUEEZED = {"ffn_gate_inp_shexp.weight": 0, "shortconv.conv.weight": 1}  # axes of one that llama.cpp leaves out
 
 
@@ -130,7 +132,7 @@ class _Part:
             target = f"{self.model.experts}.{{}}_proj{'_bias' if ending == 'bias' else ''}"
             for name, kinds in (("gate_up", ("gate", "up")), ("down", ("down",))):
                 whole, apart = f"ffn_{name}_exps.{ending}", {kind: f"ffn_{kind}_exps.{ending}" for kind in kinds}
-                build = partial(_stack, kinds=kinds, interleaved=self.model.interleaved, experts=self._count())
+                build = partial(_stack, kinds=kinds, model=self.model, experts=self._count())
                 if whole in self.left:
                     yield target.format(name), self._recipe({name: whole}, partial(build, kinds=(name,)))
                 elif apart[kinds[0]] in self.left:
@@ -177,17 +179,15 @@ def _keys_and_values(read: Read) -> torch.Tensor:
     return torch.cat((keys, values), dim=1).flatten(0, 1)
 
 
-def _stack(read: Read, kinds: tuple[str, ...], interleaved: bool, experts: int, alone: bool = False) -> torch.Tensor:
-    """[E, 2I, H] or [E, H, I], an expert at a time; turned and by turns where the model has them so."""
+def _stack(read: Read, kinds: tuple[str, ...], model: Model, experts: int, alone: bool = False) -> torch.Tensor:
+    """[E, 2I, H] and [E, H, I], an expert at a time, or as the model has them."""
 
     def one(expert: int) -> torch.Tensor:
         parts = [read(f"{kind}.{expert}") if alone else read(kind, expert) for kind in kinds]
-        if not interleaved:
-            return torch.cat(parts)
-        if kinds == ("gate_up",):
+        if model.by_turns and kinds == ("gate_up",):
             parts = list(parts[0].chunk(2))
-        mixed = torch.stack(parts, dim=1).flatten(0, 1)
-        return mixed.T if mixed.dim() == 2 else mixed
+        joined = torch.stack(parts, dim=1).flatten(0, 1) if model.by_turns else torch.cat(parts)
+        return joined.T if model.columns and joined.dim() == 2 else joined
 
     first = one(0)
     stacked = first.new_empty(experts, *first.shape)
