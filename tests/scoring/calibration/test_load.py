@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_tokens_wherever_the_file_lies(tmp_path):
 
 def test_the_tokens_do_not_hang_on_hashes_locale_or_clock(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from tests.scoring.test_calibration import load, ROWS\n"
+        "import sys; from pathlib import Path; from tests.scoring.calibration.test_load import load, ROWS\n"
         "print(load(Path(sys.argv[1]), ROWS, max_samples=20).fingerprint)"
     )
     strange = {"PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Asia/Tokyo"}
