@@ -1,6 +1,6 @@
-"""Cut random models of the main families at sizes that vLLM accepts, and print the next token by transformers.
+"""Cut random models of the main families at sizes that vLLM accepts, and compute by transformers what it should say.
 
-python tests/engines/families.py FOLDER   ->   {"mixtral": {"[5, 36, ...]": "[12]", ...}, "mixtral-cut": ...}
+python tests/engines/families.py FOLDER   ->   {"mixtral": [[log probability of each next token], ...], ...}
 """
 
 import json
@@ -16,11 +16,18 @@ from moeprune.checkpoint.folder import open_checkpoint
 from tests import tiny
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "head_dim": 64, "vocab_size": 512}
+# Positions stretched as DeepSeek publishes them: where they are not, vLLM's CPU kernel for rotary positions reads the
+# slices of latent attention as if they were dense, and rotates the wrong numbers.
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN |= {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+# The one size of latent attention that this kernel takes.
 LATENT = {"q_lora_rank": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
+LATENT |= {"rope_parameters": YARN}
 FAMILIES = {
     "qwen3_moe": {},
     "mixtral": {},
     "gpt_oss": {"sliding_window": 64},
+    "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "glm4_moe": {},
 }
@@ -42,17 +49,16 @@ def as_published(folder: Path) -> Path:
     return folder
 
 
-def next_tokens(folder: Path) -> dict[str, str]:
-    """Prompt -> the most likely next token."""
+def log_probabilities(folder: Path) -> list[list[float]]:
+    """Of every token that may follow each prompt."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor(PROMPTS)).logits[:, -1]
-    return {str(p): str([int(t)]) for p, t in zip(PROMPTS, logits.argmax(-1), strict=True)}
+        return model(input_ids=torch.tensor(PROMPTS)).logits[:, -1].log_softmax(-1).tolist()
 
 
 def main(folder: Path) -> None:
     """Cut; then ask transformers about parents and cuts."""
-    tokens = {}
+    expected = {}
     for family, more in FAMILIES.items():
         parent = as_published(tiny.make(family, folder / family, **(SIZES | more)))
         layout = understand(open_checkpoint(parent))
@@ -61,8 +67,8 @@ def main(folder: Path) -> None:
         child = folder / f"{family}-cut"
         prune_model.main(["--model-path", str(parent), "--plan", str(folder / "plan.json"), "--pruned-output-path",
                           str(child), "--output-path", str(folder), "--force"])  # fmt: skip
-        tokens |= {folder.name: next_tokens(folder) for folder in (parent, child)}
-    print(json.dumps(tokens))
+        expected |= {folder.name: log_probabilities(folder) for folder in (parent, child)}
+    print(json.dumps(expected | {"prompts": PROMPTS}))
 
 
 if __name__ == "__main__":
