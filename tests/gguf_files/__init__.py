@@ -17,7 +17,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from tests.gguf_files.families import FAMILIES, Arrays, Written
+from tests.gguf_files.families import FAMILIES
+from tests.gguf_files.family import Arrays, Written
 
 KEYS = {  # GGUF key -> config keys, the first that is there counts
     "context_length": ("max_position_embeddings",),
