@@ -30,17 +30,17 @@ KEYS = {  # GGUF key -> config keys, the first that is there counts
     "attention.key_length": ("head_dim",),
     "attention.value_length": ("head_dim",),
     "attention.sliding_window": ("sliding_window",),
-    "expert_count": ("n_routed_experts", "num_experts", "num_local_experts"),
-    "expert_used_count": ("num_experts_per_tok",),
-    "expert_shared_count": ("n_shared_experts",),
+    "expert_count": ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
+    "expert_used_count": ("num_experts_per_tok", "moe_topk", "moe_k"),
+    "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "expert_group_count": ("n_group",),
     "expert_group_used_count": ("topk_group",),
     "expert_weights_scale": ("routed_scaling_factor",),
     "expert_weights_norm": ("norm_topk_prob",),
-    "leading_dense_block_count": ("first_k_dense_replace", "num_dense_layers"),
-    "interleave_moe_layer_step": ("interleave_moe_layer_step",),
+    "leading_dense_block_count": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
+    "interleave_moe_layer_step": ("interleave_moe_layer_step", "moe_layer_interval"),
     "attention.scale": ("attention_multiplier",),
     "embedding_scale": ("embedding_multiplier",),
     "residual_scale": ("residual_multiplier",),
@@ -220,7 +220,7 @@ def _one(
     stored_as = _named(names, name)
     if turned := [*FAMILIES[family].turned(config, stored_as, name, array)]:
         yield from turned
-    elif name.endswith("shared_expert_gate.weight") or "conv.conv" in name:
+    elif 1 in array.shape:
         yield stored_as, array.squeeze(), lambda value: {name: value.reshape(array.shape)}
     else:
         assert stored_as, name

@@ -26,6 +26,11 @@ def _latent_sigmoid(config: Config) -> Config:
     return latent(config) | sigmoid(config)
 
 
+def _ernie(config: Config) -> Config:
+    width = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
+    return {"expert_shared_feed_forward_length": width}
+
+
 def _lfm2(config: Config) -> Config:
     heads = [config["num_key_value_heads"] * (kind != "conv") for kind in config["layer_types"]]
     return sigmoid(config) | {"attention.head_count_kv": heads}
@@ -131,6 +136,8 @@ FAMILIES = {
         keys=lambda config: {"feed_forward_length": config["intermediate_size_mlp"]},
         turned=_llama4,
     ),
+    "ernie4_5_moe": Family("ernie4_5-moe", keys=_ernie),
+    "hunyuan_v1_moe": Family("hunyuan-moe"),
     "minimax_m2": Family("minimax-m2", keys=sigmoid),
     "olmoe": Family("olmoe", engine={"num_key_value_heads": 4}),
     "granitemoe": Family("granitemoe", turned=_granite),

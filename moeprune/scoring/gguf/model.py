@@ -20,6 +20,7 @@ class Model:
     experts: str = "mlp.experts"
     permuted: bool = False  # the rows of q and k lie as llama.cpp's rotary embedding wants them
     columns: bool = False  # experts in memory [E, inputs, outputs]
+    squeezed: Mapping[str, int] = field(default_factory=dict)  # axes of one that llama.cpp leaves out, beside SQUEEZED
     by_turns: bool = False  # gate and up in memory by turns, an output of each
 
 
@@ -46,6 +47,7 @@ LEAVES = {
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "exp_probs_b": "mlp.gate.e_score_correction_bias",  # files of early 2025
 }
+SQUEEZED = {"ffn_gate_inp_shexp.weight": 0, "shortconv.conv.weight": 1}
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",

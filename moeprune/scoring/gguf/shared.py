@@ -77,12 +77,38 @@ def _llama4(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _ernie(facts: Facts) -> dict[str, Any]:
+    return {
+        "moe_num_experts": facts["expert_count"],
+        "moe_intermediate_size": facts.expert_width,
+        "moe_num_shared_experts": facts.get("expert_shared_count", 0),
+        "moe_layer_start_index": facts.leading_dense,
+        "moe_layer_interval": facts["interleave_moe_layer_step"],
+        "moe_layer_end_index": facts.layers - 1,
+        "use_bias": facts.has("attn_q.bias"),
+    }
+
+
+def _hunyuan(facts: Facts) -> dict[str, Any]:
+    return {
+        "num_experts": facts["expert_count"],
+        "intermediate_size": facts.expert_width,
+        "head_dim": facts.head_dim,
+        "attention_bias": facts.has("attn_q.bias"),
+    }
+
+
 LLAMA4 = feed_forward("feed_forward") | shared_expert("feed_forward.shared_expert")
 LLAMA4 |= {"ffn_gate_inp": "feed_forward.router"}
+ERNIE = {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"}
+HUNYUAN = {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}
+HUNYUAN |= {"ffn_gate_inp": "mlp.gate.wg", **shared_expert("mlp.shared_mlp")}
 
 TABLE = {
     "llama4": Model("llama4_text", "Llama4ForCausalLM", _llama4, LLAMA4, experts="feed_forward.experts", columns=True),
     "deepseek2": Model("deepseek_v3", "DeepseekV3ForCausalLM", _deepseek, LATENT),
     "glm4moe": Model("glm4_moe", "Glm4MoeForCausalLM", _glm4, AFTER),
+    "ernie4_5-moe": Model("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _ernie, ERNIE, squeezed={"exp_probs_b.bias": 0}),
+    "hunyuan-moe": Model("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _hunyuan, HUNYUAN),
     "dots1": Model("dots1", "Dots1ForCausalLM", _routed),
 }

@@ -20,7 +20,7 @@ from moeprune.errors import InputError
 from moeprune.scoring.dequantize import Recipe, Stored
 from moeprune.scoring.gguf import library
 from moeprune.scoring.gguf.facts import INSTEAD, Facts, common
-from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, Model
+from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, SQUEEZED, Model
 from moeprune.scoring.gguf.table import TABLE
 from moeprune.scoring.gguf.types import SCALE, check, values
 
@@ -29,7 +29,6 @@ ALONE = re.compile(r"ffn_(?P<kind>gate|up|down)\.(?P<expert>\d{1,6})\.weight")  
 UNUSED = re.compile(  # for engines in FP4; part of the configuration; a table of cosines
     r"(\.input_scale|rope_freqs\.weight|attn_rot_embd\.weight)$"
 )
-UNSQUEEZED = {"ffn_gate_inp_shexp.weight": 0, "shortconv.conv.weight": 1}  # axes of one that llama.cpp leaves out
 
 
 class Read(Protocol):
@@ -110,7 +109,7 @@ class _Part:
         target = self.names.get(leaf) or (f"{self.names[stem]}.{ending}" if stem in self.names else "")
         if not target:
             raise self._unknown(leaf)
-        build: Build = partial(_whole, axis=UNSQUEEZED.get(leaf))
+        build: Build = partial(_whole, axis={**SQUEEZED, **self.model.squeezed}.get(leaf))
         if self.model.permuted and stem in ("attn_q", "attn_k"):
             key = "attention.head_count" if stem == "attn_q" else "attention.head_count_kv"
             heads = int(self.facts.get(key, self.facts["attention.head_count"]))
