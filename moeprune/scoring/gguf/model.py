@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeprune.scoring.gguf.facts import Facts
+from moeprune.scoring.gguf.turns import Made, Turn
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,10 @@ class Model:
     config: Callable[[Facts], dict[str, Any]]
     leaves: Mapping[str, str] = field(default_factory=dict)
     experts: str = "mlp.experts"
+    turns: Mapping[str, Turn] = field(default_factory=dict)  # leaf -> the way back from what was done to it
+    made: Mapping[str, Made] = field(default_factory=dict)  # name in memory -> the tensors it is made of
     permuted: bool = False  # the rows of q and k lie as llama.cpp's rotary embedding wants them
     columns: bool = False  # experts in memory [E, inputs, outputs]
-    squeezed: Mapping[str, int] = field(default_factory=dict)  # axes of one that llama.cpp leaves out, beside SQUEEZED
     by_turns: bool = False  # gate and up in memory by turns, an output of each
 
 
@@ -47,7 +49,6 @@ LEAVES = {
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "exp_probs_b": "mlp.gate.e_score_correction_bias",  # files of early 2025
 }
-SQUEEZED = {"ffn_gate_inp_shexp.weight": 0, "shortconv.conv.weight": 1}
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",

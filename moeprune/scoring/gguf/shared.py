@@ -6,6 +6,7 @@ from typing import Any
 
 from moeprune.scoring.gguf.facts import Facts, rope, rotating_part, shortest
 from moeprune.scoring.gguf.model import AFTER, LATENT, Model, feed_forward, shared_expert
+from moeprune.scoring.gguf.turns import row
 
 SIGMOID = 2  # expert_gating_func
 UNNORMED = 128  # experts of the one Llama 4 whose queries and keys have no norm; a file says it in no other way
@@ -108,7 +109,7 @@ TABLE = {
     "llama4": Model("llama4_text", "Llama4ForCausalLM", _llama4, LLAMA4, experts="feed_forward.experts", columns=True),
     "deepseek2": Model("deepseek_v3", "DeepseekV3ForCausalLM", _deepseek, LATENT),
     "glm4moe": Model("glm4_moe", "Glm4MoeForCausalLM", _glm4, AFTER),
-    "ernie4_5-moe": Model("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _ernie, ERNIE, squeezed={"exp_probs_b.bias": 0}),
+    "ernie4_5-moe": Model("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _ernie, ERNIE, turns={"exp_probs_b.bias": row}),
     "hunyuan-moe": Model("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _hunyuan, HUNYUAN),
     "dots1": Model("dots1", "Dots1ForCausalLM", _routed),
 }

@@ -20,8 +20,9 @@ from moeprune.errors import InputError
 from moeprune.scoring.dequantize import Recipe, Stored
 from moeprune.scoring.gguf import library
 from moeprune.scoring.gguf.facts import INSTEAD, Facts, common
-from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, SQUEEZED, Model
+from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, Model
 from moeprune.scoring.gguf.table import TABLE
+from moeprune.scoring.gguf.turns import MADE, PERMUTED, TURNS
 from moeprune.scoring.gguf.types import SCALE, check, values
 
 LAYER = re.compile(r"blk\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
@@ -34,11 +35,12 @@ UNUSED = re.compile(  # for engines in FP4; part of the configuration; a table o
 class Read(Protocol):
     """Gives the values of a source, or those of one of its rows."""
 
-    def __call__(self, source: str, row: int | None = None, /) -> torch.Tensor:
-        """In the type that computes, on the device that computes."""
+    def __call__(self, source: str, row: int | None = None, /, *, exact: bool = False) -> torch.Tensor:
+        """In the type that computes, or in 32 bits if the file has so many, on the device that computes."""
 
 
 Build = Callable[[Read], torch.Tensor]
+Way = Callable[[torch.Tensor], torch.Tensor]
 
 
 def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -86,12 +88,13 @@ class _Part:
 
     def __init__(self, facts: Facts, model: Model, layer: int, leaves: Mapping[str, str]) -> None:
         self.facts, self.model, self.left = facts, model, dict(leaves)
-        self.names = OUTSIDE if layer < 0 else {**LEAVES, **model.leaves}
+        self.names = {**(OUTSIDE if layer < 0 else LEAVES), **model.leaves}
+        self.turns = {**TURNS, **(PERMUTED if model.permuted else {}), **model.turns}
         self.prefix = "" if layer < 0 else f"model.layers.{layer}."
 
     def recipes(self) -> dict[str, Recipe]:
         """All of them."""
-        found = dict([*self._experts(), *self._latent()])
+        found = dict([*self._experts(), *self._made()])
         found |= dict([self._plain(leaf) for leaf in [*self.left] if not leaf.endswith(SCALE)])
         if self.left:
             raise self._unknown(next(iter(self.left)))
@@ -103,27 +106,32 @@ class _Part:
             f"to the tables in moeprune/scoring/gguf/, or {INSTEAD}"
         )
 
+    def _target(self, leaf: str) -> str:
+        """The name in memory, empty where none is known."""
+        stem, _, ending = leaf.rpartition(".")
+        return self.names.get(leaf) or (f"{self.names[stem]}.{ending}" if stem in self.names else "")
+
     def _plain(self, leaf: str) -> tuple[str, Recipe]:
         """A tensor that is one in memory, too."""
-        stem, _, ending = leaf.rpartition(".")
-        target = self.names.get(leaf) or (f"{self.names[stem]}.{ending}" if stem in self.names else "")
+        target = self._target(leaf)
         if not target:
             raise self._unknown(leaf)
-        build: Build = partial(_whole, axis={**SQUEEZED, **self.model.squeezed}.get(leaf))
-        if self.model.permuted and stem in ("attn_q", "attn_k"):
-            key = "attention.head_count" if stem == "attn_q" else "attention.head_count_kv"
-            heads = int(self.facts.get(key, self.facts["attention.head_count"]))
-            build = partial(_unpermuted, heads=heads)
-        return target, self._recipe({"": leaf}, build)
+        return target, self._recipe({"": leaf}, partial(_whole, turn=self._turn(leaf)))
 
-    def _latent(self) -> Iterator[tuple[str, Recipe]]:
-        """Keys and values of latent attention, which later files split; some hold both forms."""
-        leaves = {"k": "attn_k_b.weight", "v": "attn_v_b.weight"}
-        if "attn_kv_b.weight" in self.left:
-            for leaf in leaves.values():
-                self.left.pop(leaf, None)
-        elif leaves["k"] in self.left:
-            yield "self_attn.kv_b_proj.weight", self._recipe(leaves, _keys_and_values)
+    def _turn(self, leaf: str) -> Way | None:
+        return partial(self.turns[leaf], self.facts) if leaf in self.turns else None
+
+    def _made(self) -> Iterator[tuple[str, Recipe]]:
+        """Parameters of several tensors; where the file has such a one as a whole, too, its parts say no more."""
+        whole = {self._target(leaf) for leaf in self.left}
+        for target, made in {**MADE, **self.model.made}.items():
+            if target in whole:
+                for leaf in made.leaves:
+                    self.left.pop(leaf, None)
+            elif made.leaves[0] in self.left:
+                turns = {leaf: self._turn(leaf) for leaf in made.leaves}
+                build = partial(_joined, turns=turns, join=partial(made.join, self.facts))
+                yield target, self._recipe({leaf: leaf for leaf in made.leaves}, build)
 
     def _experts(self) -> Iterator[tuple[str, Recipe]]:
         """Gate and up as one stack, and down as another, whichever way they lie on disk."""
@@ -158,24 +166,20 @@ class _Part:
 
 
 def _make(stored: Stored, dtype: torch.dtype, build: Build, kinds: Mapping[str, str]) -> torch.Tensor:
-    return build(lambda source, row=None: values(stored, source, kinds[source], dtype, row))
+    def read(source: str, row: int | None = None, /, *, exact: bool = False) -> torch.Tensor:
+        return values(stored, source, kinds[source], torch.float32 if exact and kinds[source] == "F32" else dtype, row)
+
+    return build(read).to(dtype)
 
 
-def _whole(read: Read, axis: int | None) -> torch.Tensor:
-    value = read("")
-    return value if axis is None else value.unsqueeze(axis)
+def _whole(read: Read, turn: Way | None) -> torch.Tensor:
+    return read("") if turn is None else turn(read("", exact=True))
 
 
-def _unpermuted(read: Read, heads: int) -> torch.Tensor:
-    """Rows of a head as transformers has them: llama.cpp puts the two halves of a rotation side by side."""
-    halves: torch.Tensor = read("").unflatten(0, (heads, -1, 2))
-    return halves.transpose(1, 2).flatten(0, 2)
-
-
-def _keys_and_values(read: Read) -> torch.Tensor:
-    """Of each head the keys' rows, which lie as columns, and then the values'."""
-    keys, values = read("k").transpose(1, 2), read("v")
-    return torch.cat((keys, values), dim=1).flatten(0, 1)
+def _joined(
+    read: Read, turns: Mapping[str, Way | None], join: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> torch.Tensor:
+    return join([read(leaf) if turn is None else turn(read(leaf, exact=True)) for leaf, turn in turns.items()])
 
 
 def _stack(read: Read, kinds: tuple[str, ...], model: Model, experts: int, alone: bool = False) -> torch.Tensor:
