@@ -26,6 +26,20 @@ def _latent_sigmoid(config: Config) -> Config:
     return latent(config) | sigmoid(config)
 
 
+def _afmoe(config: Config) -> Config:
+    return sigmoid(config) | {"expert_weights_norm": True}
+
+
+def _exaone(config: Config) -> Config:
+    width = config["moe_intermediate_size"] * config["num_shared_experts"]
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+    return sigmoid(config) | {
+        "attention.sliding_window_pattern": sliding,
+        "expert_shared_feed_forward_length": width,
+        "rope.scaling.type": "none",
+    }
+
+
 def _ernie(config: Config) -> Config:
     width = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
     return {"expert_shared_feed_forward_length": width}
@@ -138,6 +152,8 @@ FAMILIES = {
     ),
     "ernie4_5_moe": Family("ernie4_5-moe", keys=_ernie),
     "hunyuan_v1_moe": Family("hunyuan-moe"),
+    "afmoe": Family("afmoe", overrides={"num_hidden_layers": 5, "mup_enabled": True, "route_scale": 2.5}, keys=_afmoe),
+    "exaone_moe": Family("exaone-moe", overrides={"num_hidden_layers": 5}, keys=_exaone),
     "minimax_m2": Family("minimax-m2", keys=sigmoid),
     "olmoe": Family("olmoe", engine={"num_key_value_heads": 4}),
     "granitemoe": Family("granitemoe", turned=_granite),

@@ -98,6 +98,17 @@ def shortest(value: Any) -> Any:
     return next((float(text) for text in texts if struct.pack("<f", float(text)) == as_stored), value)
 
 
+def windows(facts: Facts, period: int) -> dict[str, Any]:
+    """Which layers attend within a window: as the file says, or all but every so many-th."""
+    key = "attention.sliding_window_pattern"
+    period = int(facts.checkpoint.config.get(f"{facts.architecture}.{key}", period))
+    slides = facts.each(key) or [(i + 1) % period for i in range(facts.layers)]
+    return {
+        "sliding_window": facts["attention.sliding_window"],
+        "layer_types": ["sliding_attention" if slides[i] else "full_attention" for i in range(facts.layers)],
+    }
+
+
 def rope(facts: Facts, **more: Any) -> dict[str, Any]:
     """The rotary embedding."""
     kind = str(facts.get("rope.scaling.type", "none"))

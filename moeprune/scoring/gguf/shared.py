@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeprune.scoring.gguf.facts import Facts, rope, rotating_part, shortest
+from moeprune.errors import InputError
+from moeprune.scoring.gguf.facts import INSTEAD, Facts, rope, rotating_part, shortest, windows
 from moeprune.scoring.gguf.model import AFTER, LATENT, Model, feed_forward, shared_expert
 from moeprune.scoring.gguf.turns import row
 
@@ -99,11 +100,39 @@ def _hunyuan(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _afmoe(facts: Facts) -> dict[str, Any]:
+    if not facts.get("expert_weights_norm", False):
+        raise InputError(f"{facts.file}: its experts' weights are not normed, which transformers cannot do; {INSTEAD}")
+    return windows(facts, period=4) | {
+        "num_experts": facts["expert_count"],
+        "num_shared_experts": facts["expert_shared_count"],
+        "moe_intermediate_size": facts.expert_width,
+        "num_dense_layers": facts.leading_dense,
+        "route_scale": facts.get("expert_weights_scale", 1.0),
+        "head_dim": facts.head_dim,
+        "mup_enabled": True,  # as llama.cpp computes it
+        "attention_bias": facts.has("attn_q.bias"),
+    }
+
+
+def _exaone(facts: Facts) -> dict[str, Any]:
+    names = {"num_experts": facts["expert_count"], "num_shared_experts": facts["expert_shared_count"]}
+    return _routed(facts) | windows(facts, period=4) | names
+
+
 LLAMA4 = feed_forward("feed_forward") | shared_expert("feed_forward.shared_expert")
 LLAMA4 |= {"ffn_gate_inp": "feed_forward.router"}
 ERNIE = {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"}
 HUNYUAN = {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}
 HUNYUAN |= {"ffn_gate_inp": "mlp.gate.wg", **shared_expert("mlp.shared_mlp")}
+AFMOE = {
+    "attn_gate": "self_attn.gate_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_mlp_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "ffn_gate_inp": "mlp.router.gate",
+    "exp_probs_b.bias": "mlp.expert_bias",
+}
 
 TABLE = {
     "llama4": Model("llama4_text", "Llama4ForCausalLM", _llama4, LLAMA4, experts="feed_forward.experts", columns=True),
@@ -111,5 +140,7 @@ TABLE = {
     "glm4moe": Model("glm4_moe", "Glm4MoeForCausalLM", _glm4, AFTER),
     "ernie4_5-moe": Model("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _ernie, ERNIE, turns={"exp_probs_b.bias": row}),
     "hunyuan-moe": Model("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _hunyuan, HUNYUAN),
+    "afmoe": Model("afmoe", "AfmoeForCausalLM", _afmoe, AFMOE),
+    "exaone-moe": Model("exaone_moe", "ExaoneMoeForCausalLM", _exaone),
     "dots1": Model("dots1", "Dots1ForCausalLM", _routed),
 }
