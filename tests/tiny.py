@@ -77,6 +77,7 @@ SWA_MLA = {
 # What published configs hold and their classes know no default for.
 EXTRA: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 4},
+    "gemma4_text": {"global_head_dim": 32, "num_global_key_value_heads": 1},
     "qwen3_omni_moe": {"thinker_config": {"vision_start_token_id": 4}},
 }
 OCR_TOWER = {"vision_config": {"sam_config": {"output_channels": 8, "downsample_channels": [16, 32]}}}

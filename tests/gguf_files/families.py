@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tests.gguf_files.family import Arrays, Config, Family, Written, block, joined, rotated, sigmoid
+from tests.gguf_files.plain import PLAIN
 
 
 def latent(config: Config) -> Config:
@@ -132,7 +133,7 @@ def _keys_and_values(config: Config, stored_as: str, name: str, array: np.ndarra
     yield f"{block(name)}.attn_v_b.weight", np.ascontiguousarray(by_head[:, nope:]), join
 
 
-FAMILIES = {
+FAMILIES = PLAIN | {
     "qwen2_moe": Family("qwen2moe"),
     "qwen3_moe": Family("qwen3moe", overrides={"norm_topk_prob": True}),
     "mixtral": Family("llama", overrides={"sliding_window": None}, turned=rotated),

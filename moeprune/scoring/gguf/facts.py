@@ -41,6 +41,13 @@ class Facts:
         entry = self._entries.get(f"{self.architecture}.{key}")
         return gguf.numbers(entry) if entry is not None else []
 
+    def by_layer(self, key: str) -> list[Any]:
+        """A value for each layer of the trunk, where the file says one for all or a list."""
+        found = self.each(key) or [self[key]] * self.layers
+        if len(found) < self.layers:
+            raise InputError(f"{self.file}: {self.architecture}.{key} has {len(found)} values for {self.layers} layers")
+        return found[: self.layers]
+
     @cached_property
     def _entries(self) -> Mapping[str, gguf.Entry]:
         return gguf.read_header(self.file).entries
@@ -52,7 +59,7 @@ class Facts:
 
     def has(self, leaf: str) -> bool:
         """Whether some layer has this tensor, or the file where it is no layer's."""
-        return leaf in self.checkpoint.tensors or bool(self.shape(leaf))
+        return bool(self.shape(leaf))
 
     def values(self, name: str) -> list[float]:
         """The numbers of a small tensor in 32 bits, none where the file lacks it."""
@@ -61,8 +68,8 @@ class Facts:
         return [value for (value,) in struct.iter_unpack("<f", self.checkpoint.read_bytes(name))]
 
     def shape(self, leaf: str) -> tuple[int, ...]:
-        """The shape of this tensor in the first layer that has it."""
-        names = (f"blk.{layer}.{leaf}" for layer in range(self.layers))
+        """The shape of this tensor, of a layer's in the first that has it."""
+        names = (leaf, *(f"blk.{layer}.{leaf}" for layer in range(self.layers)))
         return next((t.shape for name in names if (t := self.checkpoint.tensors.get(name))), ())
 
     @cached_property

@@ -76,6 +76,71 @@ def _granite(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _gemma4(facts: Facts) -> dict[str, Any]:
+    """Keys and values of the last layers are those of earlier ones; full attention has heads of its own size."""
+    sliding, heads = facts.by_layer("attention.sliding_window_pattern"), facts.by_layer("attention.head_count_kv")
+    if sliding[-1]:
+        raise InputError(
+            f"{facts.file}: its last layer attends within a window, which transformers cannot do; {INSTEAD}"
+        )
+    full = [i for i in range(facts.layers) if not sliding[i]]
+    few = next((heads[i] for i in range(facts.layers) if sliding[i]), heads[0])
+    widths, shared = facts.by_layer("feed_forward_length"), int(facts.get("attention.shared_kv_layers", 0))
+    named = facts.checkpoint.tensors
+    return {
+        "num_experts": facts["expert_count"],
+        "top_k_experts": facts["expert_used_count"],
+        "moe_intermediate_size": facts.expert_width,
+        "enable_moe_block": True,
+        "intermediate_size": min(widths),
+        "use_double_wide_mlp": max(widths) > min(widths),
+        "head_dim": facts.get("attention.key_length_swa", facts.head_dim),
+        "num_key_value_heads": few,
+        "per_layer_config": {
+            i: {"head_dim": facts.head_dim, **({"num_key_value_heads": heads[i]} if heads[i] != few else {})}
+            for i in full
+        },
+        "attention_k_eq_v": any(f"blk.{i}.attn_v.weight" not in named for i in full if i < facts.layers - shared),
+        "num_kv_shared_layers": shared,
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "sliding_window": facts["attention.sliding_window"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", 10000.0)},
+            "full_attention": {"rope_type": "proportional", "rope_theta": facts["rope.freq_base"]}
+            | {"partial_rotary_factor": _turned(facts)},
+        },
+        "final_logit_softcapping": facts.get("final_logit_softcapping"),
+        "hidden_size_per_layer_input": facts.get("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": (facts.shape("per_layer_token_embd.weight") or facts.shape("token_embd.weight"))[
+            0
+        ],
+    }
+
+
+def _turned(facts: Facts) -> float:
+    """The part of a head that full attention turns; the frequencies of the rest are divided until they are zero."""
+    if not (divisors := facts.values("rope_freqs.weight")):
+        raise InputError(f"{facts.file} lacks rope_freqs.weight; fetch the file again")
+    return sum(divisor < ZERO for divisor in divisors) / len(divisors)
+
+
+ZERO = 1e20  # a frequency divided by more turns nothing
+GEMMA4 = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    **{f"post_ffw_norm{x}": f"post_feedforward_layernorm{x}" for x in ("", "_1", "_2")},
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
+    "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
+    "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
+    "post_norm": "post_per_layer_input_norm",
+    "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+}
 GRANITE = {"ffn_gate_inp": "block_sparse_moe.router"}
 ROUTER = {"ffn_gate_inp": "mlp.router", "attn_sinks.weight": "self_attn.sinks"}
 BLOCK_BIAS = {"exp_probs_b.bias": "mlp.e_score_correction_bias"}
@@ -91,4 +156,5 @@ TABLE = {
     "granitemoe": Model(
         "granitemoe", "GraniteMoeForCausalLM", _granite, GRANITE, experts="block_sparse_moe.experts", permuted=True
     ),
+    "gemma4": Model("gemma4_text", "Gemma4ForCausalLM", _gemma4, GEMMA4, experts="experts"),
 }

@@ -95,7 +95,7 @@ class _Part:
     def recipes(self) -> dict[str, Recipe]:
         """All of them."""
         found = dict([*self._experts(), *self._made()])
-        found |= dict([self._plain(leaf) for leaf in [*self.left] if not leaf.endswith(SCALE)])
+        found |= dict([self._plain(leaf) for leaf in [*self.left] if leaf in self.names or not leaf.endswith(SCALE)])
         if self.left:
             raise self._unknown(next(iter(self.left)))
         return {self.prefix + name: recipe for name, recipe in found.items()}
@@ -159,8 +159,9 @@ class _Part:
             if leaf not in self.left:
                 raise InputError(f"{self.facts.file}: {self.prefix or 'the model'} lacks {leaf}; fetch the file again")
             sources[source] = self.left.pop(leaf)
-            if factor := self.left.pop(leaf.removesuffix(".weight") + SCALE, ""):
-                sources[source + SCALE] = factor
+            factor = leaf.removesuffix(".weight") + SCALE
+            if factor in self.left and factor not in self.names:  # some models have a place of its own for it
+                sources[source + SCALE] = self.left.pop(factor)
         tensors = self.facts.checkpoint.tensors
         return Recipe(sources, partial(_make, build=build, kinds={s: tensors[n].dtype for s, n in sources.items()}))
 

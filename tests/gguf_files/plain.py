@@ -1,0 +1,68 @@
+"""Families whose layers all attend and whose routers have no groups, beside those that need no file of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tests.gguf_files.family import Config, Family, Written, block
+
+
+def _gemma4_keys(config: Config) -> Config:
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+    own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
+    wide = next(iter(config["per_layer_config"].values()))
+    rope = config["rope_parameters"]
+    return {
+        "attention.sliding_window_pattern": sliding,
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "attention.head_count_kv": [
+            config["num_key_value_heads"] if s else wide["num_key_value_heads"] for s in sliding
+        ],
+        "attention.key_length": wide["head_dim"],
+        "attention.value_length": wide["head_dim"],
+        "attention.key_length_swa": config["head_dim"],
+        "attention.value_length_swa": config["head_dim"],
+        "feed_forward_length": [config["intermediate_size"] * (1 if i < own else 2) for i in range(len(sliding))],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "expert_used_count": config["top_k_experts"],
+        "final_logit_softcapping": config["final_logit_softcapping"],
+        "rope.freq_base": rope["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": rope["sliding_attention"]["rope_theta"],
+        "rope.dimension_count": wide["head_dim"],
+        "rope.dimension_count_swa": config["head_dim"],
+    }
+
+
+def _gemma4(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Names without an ending get one, and full attention's frequencies are divided by those of another tensor."""
+    places = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+    for ending, place in places.items():
+        if name.endswith(ending):
+            yield f"{block(name)}.{place}", array, lambda value: {name: value}
+    if name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj")):
+        yield f"{stored_as}.weight", array, lambda value: {name: value}
+    if name == "model.norm.weight":
+        yield stored_as, array, lambda value: {name: value}
+        half = next(iter(config["per_layer_config"].values()))["head_dim"] // 2
+        turned = int(half * config["rope_parameters"]["full_attention"]["partial_rotary_factor"])
+        divisors = np.array([1.0] * turned + [1e30] * (half - turned), dtype=np.float32)
+        yield "rope_freqs.weight", divisors, lambda _: {}
+
+
+PLAIN = {
+    "gemma4_text": Family(
+        "gemma4",
+        overrides={
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "attention_k_eq_v": True,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 3.0,
+        },
+        keys=_gemma4_keys,
+        turned=_gemma4,
+    ),
+}
