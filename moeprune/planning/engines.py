@@ -127,6 +127,12 @@ ENGINES: dict[str, tuple[Rule, ...]] = {
     "llama.cpp": (
         Rule("fail", lambda c: c.count <= 512, "it is built for at most 512 experts", "llama.cpp LLAMA_MAX_EXPERTS"),
         Rule(
+            "fail",
+            lambda c: not c.model_type.startswith("llama4") or c.limits.experts != 128 or c.count == 128,
+            "it norms the queries and keys of every Llama 4 but that of 128 experts, which was trained without",
+            "llama.cpp src/models/llama4.cpp",
+        ),
+        Rule(
             "slow",
             lambda c: _is_power_of_two(c.count) or c.count in {288, 384, 576},
             "its CUDA top-k fusion takes powers of two, 288, 384 and 576",

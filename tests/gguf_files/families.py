@@ -8,42 +8,7 @@ import numpy as np
 
 from tests.gguf_files.family import Arrays, Config, Family, Written, block, joined, rotated, sigmoid
 from tests.gguf_files.plain import PLAIN
-
-
-def latent(config: Config) -> Config:
-    """Latent attention."""
-    names = {"attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank"}
-    return {key: config[name] for key, name in names.items() if config.get(name)} | {
-        "attention.head_count_kv": 1,
-        "attention.key_length": config["kv_lora_rank"] + config["qk_rope_head_dim"],
-        "attention.value_length": config["kv_lora_rank"],
-        "attention.key_length_mla": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
-        "attention.value_length_mla": config["v_head_dim"],
-        "rope.dimension_count": config["qk_rope_head_dim"],
-    }
-
-
-def _latent_sigmoid(config: Config) -> Config:
-    return latent(config) | sigmoid(config)
-
-
-def _afmoe(config: Config) -> Config:
-    return sigmoid(config) | {"expert_weights_norm": True}
-
-
-def _exaone(config: Config) -> Config:
-    width = config["moe_intermediate_size"] * config["num_shared_experts"]
-    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
-    return sigmoid(config) | {
-        "attention.sliding_window_pattern": sliding,
-        "expert_shared_feed_forward_length": width,
-        "rope.scaling.type": "none",
-    }
-
-
-def _ernie(config: Config) -> Config:
-    width = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
-    return {"expert_shared_feed_forward_length": width}
+from tests.gguf_files.shared import SHARED
 
 
 def _lfm2(config: Config) -> Config:
@@ -94,19 +59,6 @@ def _qwen35(config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
     yield stored_as, -np.exp(tiled) if name.endswith("A_log") else tiled, back
 
 
-def _llama4(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
-    """Matrices [E, inputs, outputs], gate before up."""
-    if ".experts." not in name:
-        return
-    turned = array.swapaxes(1, 2)
-    if "down" in name:
-        yield f"{block(name)}.ffn_down_exps.weight", turned, lambda value: {name: value.swapaxes(1, 2)}
-        return
-    join = joined(lambda gate, up: {name: np.concatenate((gate, up), axis=1).swapaxes(1, 2)})
-    for kind, half in zip(("gate", "up"), np.split(turned, 2, axis=1), strict=True):
-        yield f"{block(name)}.ffn_{kind}_exps.weight", half, join
-
-
 def _gpt_oss(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
     """Columns of gate and up by turns; matrices [E, inputs, outputs]."""
     if ".experts." not in name:
@@ -122,39 +74,15 @@ def _gpt_oss(config: Config, stored_as: str, name: str, array: np.ndarray) -> It
     yield f"{block(name)}.ffn_up_exps.{ending}", turned[:, 1::2], join
 
 
-def _keys_and_values(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
-    """Latent attention: keys and values of each head apart, the keys turned."""
-    if not name.endswith("kv_b_proj.weight"):
-        return
-    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
-    by_head = array.reshape(heads, -1, array.shape[-1])
-    join = joined(lambda k, v: {name: np.concatenate((k.swapaxes(1, 2), v), axis=1).reshape(array.shape)})
-    yield f"{block(name)}.attn_k_b.weight", np.ascontiguousarray(by_head[:, :nope].swapaxes(1, 2)), join
-    yield f"{block(name)}.attn_v_b.weight", np.ascontiguousarray(by_head[:, nope:]), join
-
-
-FAMILIES = PLAIN | {
+FAMILIES = {
+    **PLAIN,
+    **SHARED,
     "qwen2_moe": Family("qwen2moe"),
     "qwen3_moe": Family("qwen3moe", overrides={"norm_topk_prob": True}),
     "mixtral": Family("llama", overrides={"sliding_window": None}, turned=rotated),
     "gpt_oss": Family(  # llama.cpp rounds its scaled positions in a way of its own
         "gpt-oss", engine={"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}, turned=_gpt_oss
     ),
-    "deepseek_v2": Family("deepseek2", keys=latent, turned=_keys_and_values),
-    "deepseek_v3": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
-    "glm4_moe_lite": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
-    "glm4_moe": Family("glm4moe", keys=sigmoid),
-    "dots1": Family("dots1", engine={"num_key_value_heads": 4}, keys=sigmoid),
-    "llama4_text": Family(
-        "llama4",
-        overrides={"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
-        keys=lambda config: {"feed_forward_length": config["intermediate_size_mlp"]},
-        turned=_llama4,
-    ),
-    "ernie4_5_moe": Family("ernie4_5-moe", keys=_ernie),
-    "hunyuan_v1_moe": Family("hunyuan-moe"),
-    "afmoe": Family("afmoe", overrides={"num_hidden_layers": 5, "mup_enabled": True, "route_scale": 2.5}, keys=_afmoe),
-    "exaone_moe": Family("exaone-moe", overrides={"num_hidden_layers": 5}, keys=_exaone),
     "minimax_m2": Family("minimax-m2", keys=sigmoid),
     "olmoe": Family("olmoe", engine={"num_key_value_heads": 4}),
     "granitemoe": Family("granitemoe", turned=_granite),

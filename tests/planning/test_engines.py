@@ -47,6 +47,8 @@ def test_slow_paths():
     )
     assert severities("llama.cpp", 96) == ["slow"]
     assert severities("llama.cpp", 576, Limits(600, 8)) == ["fail"]
+    assert severities("llama.cpp", 64, Limits(128, 1), model_type="llama4") == ["fail"]
+    assert severities("llama.cpp", 8, Limits(16, 1), model_type="llama4") == []
     assert severities("trtllm", 100, V4, model_type="deepseek_v4") == ["fail", "slow"]
     assert severities("mlx", 96) == severities("transformers", 96) == []
 

@@ -196,3 +196,10 @@ def test_scaled_positions(tmp_path):
     folder = parent("deepseek_v2", tmp_path, rope_parameters=rope)
     values = gguf_files.convert(folder, tmp_path / "model.gguf")
     assert_same_sums(tmp_path / "model.gguf", gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path)
+
+
+def test_divided_frequencies(tmp_path):
+    """They lie beside the weights; to rounding, as a product of numbers is not of the same bits as their quotient."""
+    folder = parent("llama4_text", tmp_path, **FAMILIES["llama4_text"].engine)
+    values = gguf_files.convert(folder, tmp_path / "model.gguf")
+    assert_same_sums(tmp_path / "model.gguf", gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path, rtol=1e-5)

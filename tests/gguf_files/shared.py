@@ -1,0 +1,103 @@
+"""GGUF families with an expert that every token takes, mostly behind dense layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tests.gguf_files.family import Config, Family, Written, block, joined, sigmoid
+
+
+def latent(config: Config) -> Config:
+    """Latent attention."""
+    names = {"attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank"}
+    return {key: config[name] for key, name in names.items() if config.get(name)} | {
+        "attention.head_count_kv": 1,
+        "attention.key_length": config["kv_lora_rank"] + config["qk_rope_head_dim"],
+        "attention.value_length": config["kv_lora_rank"],
+        "attention.key_length_mla": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+        "attention.value_length_mla": config["v_head_dim"],
+        "rope.dimension_count": config["qk_rope_head_dim"],
+    }
+
+
+def _latent_sigmoid(config: Config) -> Config:
+    return latent(config) | sigmoid(config)
+
+
+def _afmoe(config: Config) -> Config:
+    return sigmoid(config) | {"expert_weights_norm": True}
+
+
+def _exaone(config: Config) -> Config:
+    width = config["moe_intermediate_size"] * config["num_shared_experts"]
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+    return sigmoid(config) | {
+        "attention.sliding_window_pattern": sliding,
+        "expert_shared_feed_forward_length": width,
+        "rope.scaling.type": "none",
+    }
+
+
+def _ernie(config: Config) -> Config:
+    width = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
+    return {"expert_shared_feed_forward_length": width}
+
+
+def _divisors(config: Config) -> np.ndarray:
+    """By what the frequencies of Llama 3 are divided: slow ones by the factor, fast ones by one, others between."""
+    rope, head = config["rope_parameters"], config["head_dim"]
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head, 2) / head)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = np.clip((rope["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
+
+
+def _llama4(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Matrices [E, inputs, outputs], gate before up; divisors of the frequencies beside the weights."""
+    if name == "model.norm.weight" and config["rope_parameters"]["rope_type"] == "llama3":
+        yield stored_as, array, lambda value: {name: value}
+        yield "rope_freqs.weight", _divisors(config), lambda _: {}
+    if ".experts." not in name:
+        return
+    turned = array.swapaxes(1, 2)
+    if "down" in name:
+        yield f"{block(name)}.ffn_down_exps.weight", turned, lambda value: {name: value.swapaxes(1, 2)}
+        return
+    join = joined(lambda gate, up: {name: np.concatenate((gate, up), axis=1).swapaxes(1, 2)})
+    for kind, half in zip(("gate", "up"), np.split(turned, 2, axis=1), strict=True):
+        yield f"{block(name)}.ffn_{kind}_exps.weight", half, join
+
+
+def _keys_and_values(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Latent attention: keys and values of each head apart, the keys turned."""
+    if not name.endswith("kv_b_proj.weight"):
+        return
+    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
+    by_head = array.reshape(heads, -1, array.shape[-1])
+    join = joined(lambda k, v: {name: np.concatenate((k.swapaxes(1, 2), v), axis=1).reshape(array.shape)})
+    yield f"{block(name)}.attn_k_b.weight", np.ascontiguousarray(by_head[:, :nope].swapaxes(1, 2)), join
+    yield f"{block(name)}.attn_v_b.weight", np.ascontiguousarray(by_head[:, nope:]), join
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SHARED = {
+    "deepseek_v2": Family("deepseek2", keys=latent, turned=_keys_and_values),
+    "deepseek_v3": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
+    "glm4_moe_lite": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
+    "glm4_moe": Family("glm4moe", keys=sigmoid),
+    "dots1": Family("dots1", engine={"num_key_value_heads": 4}, keys=sigmoid),
+    "llama4_text": Family(
+        "llama4",
+        overrides={"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
+        engine={"rope_parameters": LLAMA3},
+        keys=lambda config: {"feed_forward_length": config["intermediate_size_mlp"]},
+        turned=_llama4,
+    ),
+    "ernie4_5_moe": Family("ernie4_5-moe", keys=_ernie),
+    "hunyuan_v1_moe": Family("hunyuan-moe"),
+    "afmoe": Family("afmoe", overrides={"num_hidden_layers": 5, "mup_enabled": True, "route_scale": 2.5}, keys=_afmoe),
+    "exaone_moe": Family("exaone-moe", overrides={"num_hidden_layers": 5}, keys=_exaone),
+}
