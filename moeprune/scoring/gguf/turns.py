@@ -76,7 +76,11 @@ def keys_and_values(_facts: Facts, parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
 
 
-TURNS: Mapping[str, Turn] = {"ffn_gate_inp_shexp.weight": row, "shortconv.conv.weight": kernel}
+TURNS: Mapping[str, Turn] = {
+    "ffn_gate_inp_shexp.weight": row,
+    "shortconv.conv.weight": kernel,
+    "ssm_conv1d.weight": kernel,
+}
 PERMUTED: Mapping[str, Turn] = {
     f"attn_{x}.{ending}": unpermuted(f"attention.{key}")
     for x, key in {"q": "head_count", "k": "head_count_kv"}.items()

@@ -128,6 +128,23 @@ def test_other_ways_to_lay_experts(way, tmp_path):
     assert_same_sums(file, gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path)
 
 
+def test_projections_in_one(tmp_path):
+    """Qwen3-Next's queries, keys, values and gates, as files of 2025 have them."""
+    folder = parent("qwen3_next", tmp_path)
+    values = gguf_files.convert(folder, tmp_path / "model.gguf")
+
+    def change(name: str, array: np.ndarray) -> Any:
+        block, _, leaf = name.rpartition(".attn_qkv")
+        if block:
+            layer = block.removeprefix("blk.")
+            yield f"{block}.ssm_in{leaf}", values[f"model.layers.{layer}.linear_attn.in_proj_qkvz.weight"]
+        elif ".attn_gate." not in name:
+            yield name, array
+
+    file = rewritten(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
+    assert_same_sums(file, gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path, rtol=1e-6)
+
+
 def test_factors_beside_a_matrix(tmp_path):
     """NVFP4 files carry them; they count for every type."""
     folder = parent("qwen3_moe", tmp_path)

@@ -1,0 +1,108 @@
+"""Families whose layers are of several kinds, as llama.cpp's converter makes their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tests.gguf_files.family import Arrays, Config, Family, Written, block, joined, sigmoid
+
+
+def _lfm2(config: Config) -> Config:
+    heads = [config["num_key_value_heads"] * (kind != "conv") for kind in config["layer_types"]]
+    return sigmoid(config) | {"attention.head_count_kv": heads}
+
+
+def _qwen35_keys(config: Config) -> Config:
+    return {
+        "ssm.inner_size": config["linear_value_head_dim"] * config["linear_num_value_heads"],
+        "full_attention_interval": config.get("full_attention_interval", 2),
+        "rope.dimension_sections": [*config["rope_parameters"]["mrope_section"], 0],
+    }
+
+
+def _qwen3_next_keys(config: Config) -> Config:
+    return {
+        "ssm.inner_size": config["linear_value_head_dim"] * config["linear_num_value_heads"],
+        "full_attention_interval": 2,
+    }
+
+
+def _shifted(stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Norms as w + 1."""
+    if "norm" in name and "linear_attn" not in name:
+        yield stored_as, array + np.float32(1), lambda value: {name: value - np.float32(1)}
+
+
+def _decayed(stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """A_log as -exp."""
+    if name.endswith("A_log"):
+        yield stored_as, -np.exp(array), lambda value: {name: np.log(-value)}
+
+
+def _qwen3_next(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Queries, keys, values and gates of each key head become all of each kind, gates apart."""
+    yield from _shifted(stored_as, name, array)
+    yield from _decayed(stored_as, name, array)
+    if not name.endswith("in_proj_qkvz.weight"):
+        return
+    heads, width, of_key = config["linear_num_key_heads"], array.shape[-1], config["linear_key_head_dim"]
+    of_value = config["linear_value_head_dim"] * config["linear_num_value_heads"] // heads
+    parts = np.split(array.reshape(heads, -1, width), np.cumsum([of_key, of_key, of_value]), axis=1)
+    *projected, gates = [part.reshape(-1, width) for part in parts]
+
+    def join(qkv: np.ndarray, z: np.ndarray) -> Arrays:
+        ends = np.cumsum([heads * of_key, heads * of_key])
+        by_head = [part.reshape(heads, -1, width) for part in (*np.split(qkv, ends), z)]
+        return {name: np.concatenate(by_head, axis=1).reshape(array.shape)}
+
+    whole = joined(join)
+    yield f"{block(name)}.attn_qkv.weight", np.concatenate(projected), whole
+    yield f"{block(name)}.attn_gate.weight", gates, whole
+
+
+def _qwen35(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Norms as w + 1, decay as -exp, and value heads tiled: the first of every key head, then the second of each."""
+    yield from _shifted(stored_as, name, array)
+    if "linear_attn" not in name or name.endswith("norm.weight"):
+        return
+    keys, each = config["linear_num_key_heads"], config["linear_num_value_heads"] // config["linear_num_key_heads"]
+    if "out_proj" in name:
+        turned = array.reshape(len(array), keys, each, -1).swapaxes(1, 2).reshape(array.shape)
+        yield stored_as, turned, lambda v: {name: v.reshape(len(v), each, keys, -1).swapaxes(1, 2).reshape(v.shape)}
+        return
+    flat = array.reshape(len(array), -1)
+    start = 2 * keys * config["linear_key_head_dim"] if "qkv" in name or "conv1d" in name else 0
+    tail = flat[start:].reshape(keys, each, -1).swapaxes(0, 1).reshape(-1, flat.shape[1])
+    tiled = np.concatenate((flat[:start], tail))
+
+    def back(value: np.ndarray) -> Arrays:
+        value = value.reshape(flat.shape)
+        tail = value[start:].reshape(each, keys, -1).swapaxes(0, 1).reshape(-1, flat.shape[1])
+        whole = np.concatenate((value[:start], tail)).reshape(array.shape)
+        return {name: np.log(-whole) if name.endswith("A_log") else whole}
+
+    tiled = tiled.reshape(-1) if array.ndim == 1 else tiled
+    yield stored_as, -np.exp(tiled) if name.endswith("A_log") else tiled, back
+
+
+HYBRID = {
+    "lfm2_moe": Family("lfm2moe", keys=_lfm2),
+    "qwen3_5_moe_text": Family(
+        "qwen35moe",
+        overrides={
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            }
+        },
+        keys=_qwen35_keys,
+        turned=_qwen35,
+        exact=False,
+    ),
+    "qwen3_next": Family("qwen3next", keys=_qwen3_next_keys, turned=_qwen3_next, exact=False),
+}
