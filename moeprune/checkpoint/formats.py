@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeprune.checkpoint.families import Layout
+from moeprune.checkpoint.families import Block, Layout
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.metadata import read_json
@@ -92,6 +92,8 @@ REFUSED = {
     "aqlm": "its weights are sums of codebook entries that this tool cannot decode",
     "vptq": "its weights are indices into codebooks that this tool cannot decode",
 }
+QDATA = re.compile(r"(?P<module>.*\.)_(?P<attribute>\w+)_qdata")  # torchao's: of module.attribute
+STACK_SIZES = ("shape", "block_size")  # what torchao says of a tensor axis by axis
 SHUFFLED = re.compile(r'"is_swizzled_scales": *true')  # torchao, beside a tensor
 PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 
@@ -144,6 +146,7 @@ def check_not_refused(checkpoint: Checkpoint) -> None:
 def check_cuttable(checkpoint: Checkpoint, layout: Layout) -> None:
     """Refuse what slicing bytes would not cut exactly; most such cases structure.py has refused already."""
     stacked = {part.tensor for block in layout.blocks for part in block.parts if part.kind == "rows"}
+    described = torchao_stacks(layout)
     for shard, metadata in checkpoint.shard_metadata.items():
         for name, text in metadata.items():
             if SHUFFLED.search(text) and any(tensor.startswith(name.rpartition(".")[0]) for tensor in stacked):
@@ -151,29 +154,45 @@ def check_cuttable(checkpoint: Checkpoint, layout: Layout) -> None:
                     f"{shard.name}: the scales of {name} are shuffled for a GPU, across experts, so they cannot be cut "
                     "byte by byte; quantize with plain scales"
                 )
-        for name, shape in _shapes_in(metadata):
+        for name, key, shape in _shapes_in(metadata, described):
             if shape[:1] == [layout.experts] and any(tensor.startswith(name.rpartition(".")[0]) for tensor in stacked):
                 raise InputError(
-                    f"{shard.name} keeps the shape {shape} of {name} in its metadata, so its experts cannot be cut "
+                    f"{shard.name} keeps the {key} {shape} of {name} in its metadata, so its experts cannot be cut "
                     "byte by byte; dequantize the model first"
                 )
 
 
-def _shapes_in(metadata: Mapping[str, str]) -> Iterator[tuple[str, list[Any]]]:
-    """Shapes that torchao stores beside tensors, as JSON in the header of the shard."""
+def torchao_stacks(layout: Layout) -> dict[str, Block]:
+    """Stacks of experts in torchao's formats, under the names by which headers of shards describe them."""
+    rows = {part.tensor: block for block in layout.blocks for part in block.parts if part.kind == "rows"}
+    routers = {part.tensor for block in layout.blocks for part in block.parts if part.router}
+    return {
+        f"{match['module']}{match['attribute']}": block
+        for tensor, block in rows.items()
+        if tensor not in routers and (match := QDATA.fullmatch(tensor))
+    }
+
+
+def _shapes_in(metadata: Mapping[str, str], follow: Collection[str]) -> Iterator[tuple[str, str, list[Any]]]:
+    """Shapes that torchao stores beside tensors, as JSON in the header of the shard: tensor, key, shape.
+
+    Left out are those that follow the cut (renumber.py).
+    """
     for name, text in metadata.items():
-        if re.search(r'"(shape|_?size|original_shape)"', text):
+        if re.search(r'"(shape|_?size|original_shape|block_size)"', text):
             try:
                 data = json.loads(text)
             except ValueError:
                 continue
-            yield from ((name, shape) for shape in _find(data, ("shape", "size", "_size", "original_shape")))
+            if name in follow and isinstance(data.get("_data"), dict):
+                data = {key: value for key, value in data["_data"].items() if key not in STACK_SIZES}
+            yield from ((name, key, shape) for key, shape in _find(data))
 
 
-def _find(data: Any, keys: tuple[str, ...]) -> Iterator[list[Any]]:
+def _find(data: Any) -> Iterator[tuple[str, list[Any]]]:
     if isinstance(data, dict):
         for key, value in data.items():
-            if key in keys and isinstance(value, list):
-                yield value
+            if key in (*STACK_SIZES, "size", "_size", "original_shape") and isinstance(value, list):
+                yield key, value
             else:
-                yield from _find(value, keys)
+                yield from _find(value)

@@ -8,17 +8,18 @@ as names. New numbers are a subset of the old ones, so an entry that met nothing
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from moeprune.checkpoint.families import Layout, new_name
+from moeprune.checkpoint.families import Block, Layout, new_name
 from moeprune.checkpoint.folder import Checkpoint
-from moeprune.checkpoint.formats import NAME_LISTS, NVIDIA_LISTS, quantization_of
+from moeprune.checkpoint.formats import NAME_LISTS, NVIDIA_LISTS, STACK_SIZES, quantization_of, torchao_stacks
 from moeprune.checkpoint.structure import EXPERT
 from moeprune.errors import InputError
 from moeprune.metadata import read_json
@@ -28,7 +29,8 @@ GLOBS = ("modelopt", "modelopt_fp4", "quark")  # their patterns are globs, every
 PATTERN = re.compile(r"[*?+\\\[\](){}|^$]")
 MARK = re.compile(r"re:|[+-]:")  # compressed-tensors and torchao; GPTQModel's dynamic
 NUMBERED = re.compile(r"(?<![A-Za-z_])(?:chunk_)?experts\.(?:expert_|[a-z_]+\.)?\d+(\.|$)")
-WEIGHTS = (".weight", ".qweight", ".weight_packed")
+WEIGHTS = (".weight", ".qweight", ".weight_packed", "._weight_qdata", ".W_q", ".weight._data", ".codes", ".indices")
+TENSOR_NAMES = "tensor_names"  # torchao's list of all tensors, in the header of a shard
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ def _names(layout: Layout, keep: Mapping[str, Sequence[int]]) -> Names:
                 name = part.tensor[: match.end("id") + end]
                 new[name] = None if number is None else f"{part.tensor[:start]}{number}{rest[:end]}"
                 alike[f"{part.tensor[:start]}#{rest[:end]}"].add(name)
-            if part.tensor.endswith(WEIGHTS):
-                leaves[part.tensor.rpartition(".")[0]] = None
+            leaves |= {part.tensor.removesuffix(end): None for end in WEIGHTS if part.tensor.endswith(end)}
     return Names(new, leaves, [*map(frozenset, alike.values())], {_tail(name): name for name in new}, sorted(new))
 
 
@@ -97,8 +98,31 @@ class Renumbering:
         return changed
 
     def metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        """The `__metadata__` of a shard; torchao describes tensors there under their names."""
-        return {new: text for name, text in metadata.items() for new in self.entry(name, self.globs)}
+        """The `__metadata__` of a shard; torchao lists and describes tensors there under their names."""
+        return {new: self._about(name, text) for name, text in metadata.items() for new in self.entry(name, self.globs)}
+
+    def _about(self, name: str, text: str) -> str:
+        """What torchao says of its tensors: their names, and of a stack the shape, which begins with its experts."""
+        block = self.stacks.get(name)
+        if block is None and name != TENSOR_NAMES:
+            return text
+        try:
+            before = json.loads(text)
+        except ValueError:
+            raise InputError(
+                f"what the header of a shard says about {name} is not JSON; fetch the file again"
+            ) from None
+        if block is None:
+            after = self.names_in(before, self.globs)
+        else:
+            count = len(self.keep[block.name])
+            after = before | {"_data": shortened(before.get("_data"), block.experts, count)}
+        return text if after == before else json.dumps(after)
+
+    @cached_property
+    def stacks(self) -> Mapping[str, Block]:
+        """Stacks of experts that headers of shards describe."""
+        return torchao_stacks(self.layout)
 
     def names_in(self, value: Any, globs: bool) -> Any:
         """Any JSON value with the names in its lists and keys renumbered."""
@@ -150,8 +174,10 @@ class Renumbering:
             return self._pattern(text, mark[0] if mark else "", globs)
         if NUMBERED.search(text) is None:
             return [text]
-        if text in self.names.new:
-            return [new for new in [self.names.new[text]] if new is not None]
+        for start in _starts(text):  # of an expert's module, its tensor, or a word about one
+            if start in self.names.new:
+                new = self.names.new[start]
+                return [] if new is None else [new + text[len(start) :]]
         return self._by_tail(text)
 
     def _pattern(self, text: str, mark: str, globs: bool) -> list[str]:
@@ -179,6 +205,23 @@ class Renumbering:
             return [text]
         new = self.names.new[old]
         return [] if new is None else [text.removesuffix(tail) + _tail(new)]
+
+
+def _starts(name: str) -> Iterator[str]:
+    """The name, and what is left of it when words behind the last dots are taken away."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def shortened(data: Any, experts: int, count: int) -> Any:
+    """torchao's description of a stack when fewer experts are in it: the shape, and a block that runs over them all."""
+    if not isinstance(data, dict):
+        return data
+    return {
+        key: [count, *value[1:]] if key in STACK_SIZES and isinstance(value, list) and value[:1] == [experts] else value
+        for key, value in data.items()
+    }
 
 
 def _tail(name: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ NUMBERED = {"experts", "local_experts", "gate_up_projs", "down_projs", "chunk_ex
 NUMBERED |= {"ffn_gate", "ffn_up", "ffn_down"}  # and these in GGUF files of 2023
 TOWER = re.compile(r"vision|audio|talker|code2wav|speech")
 NUMBER = re.compile(r"(expert_)?(\d+)")
+SINGLE_NOTE = re.compile(r"experts\.\d")
+FIRST_SIZE = re.compile(r'("(?:shape|block_size)": \[)(\d+)(?=,)')
+LISTED = "tensor_names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,30 @@ def merged(files: Iterable[File]) -> dict[str, Stored]:
     return {name: tensor for file in files for name, tensor in file.tensors.items()}
 
 
-def notes(files: Iterable[File], names: Collection[str]) -> set[tuple[str, str]]:
-    """The entries of `__metadata__` of those weight files that hold some of the names; not those on single experts."""
+def notes(files: Iterable[File], names: Collection[str], tensors: Mapping[str, Stored]) -> set[tuple[str, str]]:
+    """The entries of `__metadata__` of those weight files that hold some of the names; not those on single experts.
+
+    Where torchao tells a shape that begins as its tensor's does, an E takes the place of that size.
+    """
     found = {item for file in files if not file.tensors.keys().isdisjoint(names) for item in file.notes.items()}
-    return {(key, value) for key, value in found if "experts." not in key}
+    return {(key, _without_size(key, text, tensors)) for key, text in found if not _renumbered(key)}
+
+
+def _renumbered(key: str) -> bool:
+    return key == LISTED or SINGLE_NOTE.search(key) is not None
+
+
+def _without_size(described: str, text: str, tensors: Mapping[str, Stored]) -> str:
+    module, _, attribute = described.rpartition(".")
+    stored = tensors.get(f"{module}._{attribute}_qdata")
+    if stored is None:
+        return text
+    return FIRST_SIZE.sub(lambda size: f"{size[1]}E" if int(size[2]) == stored.shape[0] else size[0], text)
+
+
+def unlisted(files: Iterable[File]) -> list[str]:
+    """Tensors that torchao lists in the header of a file and describes nowhere in it."""
+    return [name for file in files for name in json.loads(file.notes.get(LISTED, "[]")) if name not in file.notes]
 
 
 def _table(path: Path) -> tuple[int, dict[str, Any]]:

@@ -199,7 +199,7 @@ class Verification:
                 four_bit.check(matrix, old, new, self.keep[self.block_of[matrix]])
         self._check_blocks(after)
         self._check_index(after)
-        self._check_notes()
+        self._check_notes(after)
         for problem in evidence.differences(self.config, evidence.load(self.child / "config.json"), self._may_change):
             raise ResultError(f"config.json of the result: {problem}")
         self._check_side_files({path.as_posix() for path in left_behind})
@@ -263,12 +263,13 @@ class Verification:
         if index["metadata"]["total_size"] != sum(after[name].nbytes for name in listed):
             raise ResultError("the index of the result states a wrong total_size")
 
-    def _check_notes(self) -> None:
+    def _check_notes(self, after: Mapping[str, Stored]) -> None:
         """What shards say in `__metadata__` must be said again; entries on single experts are renumbered."""
-        before = evidence.notes(self.files_before, set(self.origin.values()))
-        odd = sorted(before ^ evidence.notes(self.files_after.values(), self.origin.keys()))
-        if odd:
-            raise ResultError(f"the __metadata__ of the result is wrong about {odd[0][0]}")
+        old = evidence.notes(self.files_before, set(self.origin.values()), self.before)
+        new = evidence.notes(self.files_after.values(), self.origin.keys(), after)
+        wrong = [name for name, _ in sorted(old ^ new)] or evidence.unlisted(self.files_after.values())
+        if wrong:
+            raise ResultError(f"the __metadata__ of the result is wrong about {wrong[0]}")
 
     def _may_change(self, key: str, old: Any, new: Any) -> bool:
         """Whether one value of the config may have changed so."""

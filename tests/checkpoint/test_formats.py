@@ -100,18 +100,24 @@ def test_an_unknown_format_is_refused(tmp_path, settings):
 
 def test_what_torchao_keeps_beside_stacked_experts_may_forbid_the_cut(tmp_path):
     checkpoint = written(tmp_path, WRITTEN["torchao"])
-    name = "model.layers.0.mlp.experts.down_proj"
-    for data, refused in (
-        ({"_type": "T", "block_size": [1, 4, 64]}, False),
-        ({"_type": "T", "shape": [E, 4, 64]}, True),
-        ({"_type": "NVFP4Tensor", "is_swizzled_scales": False}, False),
-        ({"_type": "NVFP4Tensor", "is_swizzled_scales": True}, True),
+    stack, router = "model.layers.0.mlp.experts.down_proj", "model.layers.0.mlp.gate.weight"
+    tensors = {
+        "model.layers.0.mlp.gate._weight_qdata": ("I8", [E, 2]),
+        "model.layers.0.mlp.experts._down_proj_qdata": ("I8", [E, 4, 16]),
+    }
+    for name, data, refused in (
+        (stack, {"block_size": [1, 4, 64], "shape": [E, 4, 64]}, False),  # follows the cut
+        (stack, {"_type": "T", "original_shape": [E, 4, 64]}, True),
+        (stack, {"inner": {"shape": [E, 4, 64]}}, True),
+        (router, {"shape": [E, 4]}, True),
+        (stack, {"_type": "NVFP4Tensor", "is_swizzled_scales": False}, False),
+        (stack, {"_type": "NVFP4Tensor", "is_swizzled_scales": True}, True),
     ):
         metadata = {"format": "pt", name: json.dumps({"_type": "X", "_data": data})}
-        handmade.shard(checkpoint.folder / "model.safetensors", stacked(), metadata)
+        handmade.shard(checkpoint.folder / "model.safetensors", tensors, metadata)
         again = open_checkpoint(checkpoint.folder)
         if refused:
-            with pytest.raises(InputError, match=r"down_proj.*cannot be cut"):
+            with pytest.raises(InputError, match=rf"{name}.*cannot be cut"):
                 formats.check_cuttable(again, understand(again))
         else:
             formats.check_cuttable(again, understand(again))

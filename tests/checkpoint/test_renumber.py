@@ -123,3 +123,37 @@ def test_what_cannot_be_decided_is_refused(folder):
         renumbered(folder, {"quant_method": "fp8", "modules_to_not_convert": ["experts.3.up_proj"]})
     with pytest.raises(InputError, match="broken pattern"):
         renumbered(folder, {"quant_method": "compressed-tensors", "ignore": ["re:experts.(3"]})
+
+
+def test_what_torchao_says_of_its_tensors(folder):
+    """Its list of names, and what stands under each, follow the experts; transformers refuses a header otherwise."""
+    _, numbers = renumbered(folder, {"quant_method": "torchao"})
+    names = [expert(0, number, "up_proj.weight") for number in (2, 3, 10)] + ["model.norm.weight"]
+    about = {name: json.dumps({"_type": name}) for name in names} | {"tensor_names": json.dumps(names), "format": "pt"}
+    staying = [expert(0, 1, "up_proj.weight"), expert(0, 2, "up_proj.weight"), "model.norm.weight"]
+    after = numbers.metadata(about)
+    assert json.loads(after.pop("tensor_names")) == staying
+    assert after == dict(zip(staying, [about[name] for name in names[1:]], strict=True)) | {"format": "pt"}
+    with pytest.raises(InputError, match="tensor_names is not JSON"):
+        numbers.metadata({"tensor_names": "["})
+
+
+def test_what_torchao_says_of_a_stack(tmp_path):
+    stem = "model.layers.0.mlp."
+    tensors = {f"{stem}gate.weight": ("BF16", [EXPERTS, 8])}
+    for kind in ("gate_up_proj", "down_proj"):
+        tensors[f"{stem}experts._{kind}_qdata"] = ("I8", [EXPERTS, 8, 4])
+        tensors[f"{stem}experts._{kind}_scale"] = ("BF16", [EXPERTS, 1, 8])
+    config = {"model_type": "qwen3_moe", "num_experts": EXPERTS, "num_experts_per_tok": 2}
+    checkpoint = open_checkpoint(handmade.checkpoint(tmp_path, config, tensors))
+    numbers = Renumbering(checkpoint, understand(checkpoint), {"model.layers.0": (1, 3)})
+    for before, after in (
+        ({"block_size": [1, 1, 8], "shape": [EXPERTS, 8, 8]}, {"block_size": [1, 1, 8], "shape": [2, 8, 8]}),
+        ({"block_size": [EXPERTS, 8, 8]}, {"block_size": [2, 8, 8]}),  # one scale for the whole stack
+        ({"block_size": None, "kwargs": {"shape": [EXPERTS]}}, {"block_size": None, "kwargs": {"shape": [EXPERTS]}}),
+    ):
+        about, wanted = (json.dumps({"_type": "Int4Tensor", "_data": data}) for data in (before, after))
+        same = {f"{stem}shared_expert.up_proj": about, f"{stem}gate.weight": about}
+        assert (
+            numbers.metadata({f"{stem}experts.down_proj": about} | same) == {f"{stem}experts.down_proj": wanted} | same
+        )

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open, torch
 from safetensors.numpy import load_file, save_file
 
 from moeprune.checkpoint import families
 from moeprune.errors import ResultError
 from moeprune.pruning import verify
 from tests import tiny
+from tests.data.make import FOLDER
 from tests.pruning import cutting
 
 Tensors = dict[str, np.ndarray]
@@ -169,6 +171,29 @@ def test_lost_metadata(good) -> None:
     save_file(tensors, first_shard(good[1]), {"format": "np"})
     with pytest.raises(ResultError, match="__metadata__ of the result is wrong about format"):
         check(*good)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("model.layers.1.mlp.experts.down_proj", '"shape": [3,', '"shape": [5,'),
+        ("model.layers.1.mlp.experts.down_proj", '"block_size": [1,', '"block_size": [3,'),
+        ("tensor_names", '"model.norm.weight"', '"model.norm.bias"'),
+    ],
+)
+def test_what_torchao_says_of_a_stack(tmp_path: Path, name: str, old: str, new: str) -> None:
+    parent = shutil.copytree(FOLDER / "torchao_int4", tmp_path / "parent")
+    keep = cutting.keep_lists(parent, 3)
+    child = cutting.cut(parent, keep)
+    with safe_open(child / "model.safetensors", "np") as file:
+        about = file.metadata()
+    assert old in about[name]
+    rewritten = torch.load_file(child / "model.safetensors")
+    torch.save_file(rewritten, child / "model.safetensors", about)
+    check(parent, child, keep)
+    torch.save_file(rewritten, child / "model.safetensors", about | {name: about[name].replace(old, new)})
+    with pytest.raises(ResultError, match=r"__metadata__ of the result is wrong about model\."):
+        check(parent, child, keep)
 
 
 def test_it_shares_no_code_with_what_it_checks() -> None:

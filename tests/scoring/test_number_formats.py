@@ -140,6 +140,62 @@ def test_torchao(tmp_path, name):
             opened(tmp_path / kind, torch.float32)
 
 
+def ao_decoded(folder, kind, data, stored):
+    """What becomes of one tensor of torchao."""
+    from tests.scoring.test_made_by_libraries import plain as opened
+
+    torchao(folder, kind, data, stored)
+    return opened(folder, torch.float32)["m.weight"]
+
+
+def tensor_core_words(q):
+    """As PyTorch's CUDA kernel packs [O, I] in tiles of 8 x 16, eight k-tiles together: word by word, lane by lane."""
+    outputs, inputs = q.shape
+    words = np.zeros((outputs // 8, inputs // 128, 32, 4), dtype=np.uint32)
+    for tile, outer, lane, pair in np.ndindex(words.shape):
+        row, start = tile * 8 + lane // 4, outer * 128 + pair * 32
+        columns = [start + lane % 4 * 2 + step for step in (0, 8, 16, 24)]
+        order = [*columns, *(column + 1 for column in columns)]  # seconds of each pair in the high half
+        for place, column in enumerate(order):
+            words[tile, outer, lane, pair] |= np.uint32(q[row, column] << 4 * place)
+    return torch.from_numpy(words.view(np.int32))
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_int4_of_torchao_in_tiles(tmp_path, experts):
+    """Outputs are padded to 8 and inputs to 1024; stacks have one more axis, which comes first."""
+    generator = np.random.default_rng(5)
+    q = generator.integers(0, 16, (experts or 1, 24, 1024))
+    packed = torch.stack([tensor_core_words(one) for one in q])
+    both = torch.rand(len(q), 1024 // 64, 24, 2).bfloat16()
+    scale, zero = (both[..., i].float().mT.repeat_interleave(64, 2) for i in (0, 1))
+    expected = ((torch.from_numpy(q).float() - 8) * scale + zero)[:, :20, :960]
+    stored = {"qdata": packed, "scale_and_zero": both}
+    shape, block = [20, 960], [1, 64]
+    if experts:
+        shape, block = [experts, *shape], [1, *block]
+    else:
+        stored, expected = {name: tensor[0] for name, tensor in stored.items()}, expected[0]
+    data = {"block_size": block, "shape": shape}
+    same(ao_decoded(tmp_path, "Int4TilePackedTo4dTensor", data, stored), expected.contiguous())
+
+
+def test_int4_of_torchao_for_intels_gpus(tmp_path):
+    generator = np.random.default_rng(6)
+    q, zero = generator.integers(0, 16, (16, 64)), generator.integers(0, 16, (2, 16))
+    stored = {
+        "qdata": pack(q, 4),
+        "scale": torch.rand(2, 16).half(),
+        "zero_point": torch.from_numpy(zero).to(torch.int8),
+    }
+    data = {"block_size": [1, 32], "shape": [16, 64]}
+    groups = np.arange(64) // 32
+    expected = torch.from_numpy((q.T - zero[groups]).T).float() * stored["scale"][groups].T.float()
+    same(ao_decoded(tmp_path, "Int4PlainInt32Tensor", data, stored), expected)
+    with pytest.raises(InputError, match="for an NPU"):
+        ao_decoded(tmp_path / "npu", "Int4PlainInt32Tensor", data, stored | {"zero_point": torch.rand(2, 16)})
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_metal_of_transformers(tmp_path, bits):
     """transformers names MLX's offsets otherwise, and can read its own packing."""
