@@ -121,7 +121,7 @@ install_torch() {
     say "no GPU here: installing the CPU build of torch $torch_version"
     "${pip[@]}" "torch==$torch_version+cpu" 2>/dev/null && return
     say "the package index has no CPU build for this Python: taking the standard one, which is several GB"
-    say "(stop here and name an index that has CPU builds in REAP_TORCH_INDEX to avoid that; see README.md)"
+    say "(stop here and name an index that has CPU builds in REAP_TORCH_INDEX to avoid that; see docs/installation.md)"
   fi
   "${pip[@]}" "torch==$torch_version" || die "pip could not install torch; see the lines above" 4
 }

@@ -3,7 +3,7 @@
 
     python benchmarks/show.py
 
-Draws docs/*.svg, writes docs/measurements.md, and fills the short tables between their marks in README.md.
+Draws docs/*.svg, writes docs/measurements.md, and fills the short table of methods between its marks in README.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import forecast  # noqa: E402
 from benchmarks.drawing import Column, dots, heat  # noqa: E402
+from tests.contracts.documents import between  # noqa: E402
 
 Result = Mapping[str, Any]
 RATIOS = (0.25, 0.5, 0.75)
@@ -124,11 +125,6 @@ def alone_table(result: Result) -> str:
     return table(["calibrated on", "metric", "its own: KL", "exact %", "the others: KL", "exact %"], rows)
 
 
-def short_alone_table(result: Result) -> str:
-    """The same for REAP as published."""
-    return alone_table({**result, "alone": [row for row in result["alone"] if row["metric"] == "reap"]})
-
-
 def unequal_table(result: Result) -> str:
     """Every blend on domains of unequal size, and equal data beside them."""
     cells = measured_cells(by_ratio(result["unequal"], "data", "metric", "blend"))
@@ -196,13 +192,13 @@ def plain_name(domain: str, rest: int = 0) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
-    "methods": ("methods.json", short_methods_table),
-    "scoring modes": ("methods.json", modes_table),
-    "calibration on one domain": ("calibration.json", alone_table),
-    "one domain": ("calibration.json", short_alone_table),
-    "calibration on unequal domains": ("calibration.json", unequal_table),
-    "special tokens": ("special_tokens.json", special_table),
+    "methods": ("methods.json", methods_table),
+    "scoring_modes": ("methods.json", modes_table),
+    "calibration_on_one_domain": ("calibration.json", alone_table),
+    "calibration_on_unequal_domains": ("calibration.json", unequal_table),
+    "special_tokens": ("special_tokens.json", special_table),
 }
+README_MARKS = ("<!-- methods -->", "<!-- end of methods -->")
 PICTURES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "methods.svg": ("methods.json", methods_chart),
     "calibration.svg": ("calibration.json", alone_chart),
@@ -221,10 +217,7 @@ def measurements() -> str:
         key: text for name in ("special_tokens", "methods", "calibration") for key, text in _numbers(name).items()
     }
     page = PAGE.format(
-        methods=made(("methods.json", methods_table)),
-        **{name.replace(" ", "_"): made(entry) for name, entry in TABLES.items() if name != "methods"},
-        **(numbers | _special_numbers()),
-        limits=LIMITS,
+        **{name: made(entry) for name, entry in TABLES.items()}, **(numbers | _special_numbers()), limits=LIMITS
     )
     return page + "\n" + made(("forecast.json", forecast.section))
 
@@ -327,13 +320,9 @@ in memory for each image: the patches of the image x the tower's width x 2 bytes
 """
 
 
-def filled(text: str, name: str, content: str) -> str:
-    """The text with the content between `<!-- name -->` and `<!-- end of name -->`, if it has these marks."""
-    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    head, found, rest = text.partition(start)
-    if not found or end not in rest:
-        return text
-    return head + start + content + end + rest.partition(end)[2]
+def readme_table() -> str:
+    """The rows of the README's table."""
+    return made(("methods.json", short_methods_table))
 
 
 def main() -> None:
@@ -342,10 +331,8 @@ def main() -> None:
         (DOCS / name).write_text(made(entry), encoding="utf-8")
     (DOCS / "measurements.md").write_text(measurements(), encoding="utf-8")
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, entry in TABLES.items():
-        text = filled(text, name, made(entry))
-    readme.write_text(text, encoding="utf-8")
+    head, _, tail = between(readme.read_text(encoding="utf-8"), *README_MARKS)
+    readme.write_text(head + readme_table() + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.bench import DEMO, ROOT, Bench, Method, spread
 from benchmarks.calibration import unequal
 from moeprune.checking import masking
 from moeprune.planning import saliency
+from tests.contracts.documents import between
 
 RESULTS = ("methods.json", "calibration.json")
 
@@ -92,10 +93,9 @@ def test_pictures_are_those_of_the_measurements(name):
     assert not re.search(r"<script|<foreignObject|href=|https?://(?!www\.w3\.org/2000/svg)", drawn)
 
 
-@pytest.mark.parametrize("name", show.TABLES)
-def test_tables_of_the_readme_are_those_of_the_measurements(name):
+def test_the_table_of_the_readme_is_made_from_the_measurements():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert show.filled(readme, name, show.made(show.TABLES[name])) == readme
+    assert between(readme, *show.README_MARKS)[1] == show.readme_table()
 
 
 def test_the_page_of_measurements_is_made_from_them():

@@ -1,4 +1,4 @@
-"""Every place that repeats the table of settings, made from the table.
+"""Every place that repeats a table of the code, made from the table.
 
 `python tests/contracts/documents.py` rewrites them; test_documents.py compares.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for use as a program
 
+from moeprune.planning.saliency import METRICS  # noqa: E402
+from moeprune.scoring.calibration.presets import PRESETS  # noqa: E402
+from moeprune.scoring.calibration.samples import COLUMN_NAMES  # noqa: E402
 from moeprune.settings import FIELDS, STAGES, env_name, flag_name, shown_default  # noqa: E402
 
 COMMAND_LINE = Path(__file__).with_name("command_line.txt")
@@ -61,6 +65,31 @@ def readme_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def columns_table() -> str:
+    """What a column of calibration data can be."""
+    rows = ["| what | columns, the surest first |", "|---|---|"]
+    rows += [f"| {kind} | {', '.join(f'`{name}`' for name in names)} |" for kind, names in COLUMN_NAMES.items()]
+    return "\n".join(rows) + "\n"
+
+
+def presets_table() -> str:
+    """The named recipes."""
+    rows = ["| preset | for | data | samples | tokens each |", "|---|---|---|---|---|"]
+    for name, preset in PRESETS.items():
+        packed = ", packed" if preset.packing else " at most"
+        data = preset.spec.replace(",", ", ")
+        row = (f"`{name}`", preset.about, data, f"{preset.max_samples:,}", f"{preset.max_seq_len:,}{packed}")
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows) + "\n"
+
+
+def metrics_table() -> str:
+    """How each metric ranks experts."""
+    rows = ["| `--metric` | an expert's score |", "|---|---|"]
+    rows += [f"| `{name}` | {metric.formula.replace('|', chr(92) + '|')} |" for name, metric in METRICS.items()]
+    return "\n".join(rows) + "\n"
+
+
 def command_lines() -> str:
     """What each script really accepts, from its own --help."""
     running = {
@@ -84,21 +113,24 @@ def between(text: str, start: str, end: str) -> tuple[str, str, str]:
     return "".join(lines[:first]), "".join(lines[first:last]), "".join(lines[last:])
 
 
-COMPOSE_MARKS = ("# settings, by name", "# end of settings")
-README_MARKS = ("<!-- settings -->", "<!-- end of settings -->")
+# Part of a document: its file, the marks around it, and what makes it.
+PARTS: dict[str, tuple[str, tuple[str, str], Callable[[], str]]] = {
+    "compose": ("docker-compose.yml", ("# settings, by name", "# end of settings"), compose_names),
+    "settings": ("README.md", ("<!-- settings -->", "<!-- end of settings -->"), readme_table),
+    "columns": ("docs/calibration.md", ("<!-- columns -->", "<!-- end of columns -->"), columns_table),
+    "presets": ("docs/calibration.md", ("<!-- presets -->", "<!-- end of presets -->"), presets_table),
+    "metrics": ("docs/calibration.md", ("<!-- metrics -->", "<!-- end of metrics -->"), metrics_table),
+}
 
 
 def main() -> None:
     """Rewrite every document."""
     (ROOT / ".env.example").write_text(env_example(), encoding="utf-8")
     COMMAND_LINE.write_text(command_lines(), encoding="utf-8")
-    for name, marks, content in (
-        ("docker-compose.yml", COMPOSE_MARKS, compose_names()),
-        ("README.md", README_MARKS, readme_table()),
-    ):
+    for name, marks, make in PARTS.values():
         path = ROOT / name
         head, _, tail = between(path.read_text(encoding="utf-8"), *marks)
-        path.write_text(head + content + tail, encoding="utf-8")
+        path.write_text(head + make() + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What repeats the table of settings agrees with it; `python tests/contracts/documents.py` mends a failure."""
+"""What repeats a table of the code agrees with it; `python tests/contracts/documents.py` mends a failure."""
 
 from __future__ import annotations
 
@@ -15,16 +15,11 @@ def test_env_example_lists_every_setting():
     assert (ROOT / ".env.example").read_text(encoding="utf-8") == documents.env_example(), MEND
 
 
-@pytest.mark.parametrize(
-    ("name", "marks", "content"),
-    [
-        ("docker-compose.yml", documents.COMPOSE_MARKS, documents.compose_names()),
-        ("README.md", documents.README_MARKS, documents.readme_table()),
-    ],
-)
-def test_generated_part_is_current(name, marks, content):
+@pytest.mark.parametrize("part", documents.PARTS)
+def test_generated_part_is_current(part):
+    name, marks, make = documents.PARTS[part]
     _, middle, _ = documents.between((ROOT / name).read_text(encoding="utf-8"), *marks)
-    assert middle == content, MEND
+    assert middle == make(), MEND
 
 
 def test_command_line_is_frozen():
