@@ -51,6 +51,12 @@ KEYS = {  # GGUF key -> config keys, the first that is there counts
     "ssm.group_count": ("linear_num_key_heads",),
     "ssm.time_step_rank": ("linear_num_value_heads",),
 }
+OTHER_WORDS = {  # DBRX
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "d_model": "hidden_size",
+    "max_seq_len": "max_position_embeddings",
+}
 EXPERT = re.compile(r"(?P<stem>.*experts)\.(?P<id>\d+)\.(?P<rest>.+)")
 
 
@@ -59,6 +65,7 @@ def convert(
 ) -> Arrays:
     """Write `target`; matrices with rows of whole blocks in `kind`, everything else in 32 bits."""
     config = json.loads((folder / "config.json").read_text())
+    config |= {usual: config[name] for name, usual in OTHER_WORDS.items() if name in config}
     family = config["model_type"]
     tensors = {name: value.astype(np.float32) for name, value in load_file(folder / "model.safetensors").items()}
     shards = {"split_max_tensors": 20, "small_first_shard": False} if split else {}

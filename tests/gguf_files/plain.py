@@ -51,7 +51,33 @@ def _gemma4(config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
         yield "rope_freqs.weight", divisors, lambda _: {}
 
 
+def _dbrx_keys(config: Config) -> Config:
+    attention, experts = config["attn_config"], config["ffn_config"]
+    return {
+        "feed_forward_length": experts["ffn_hidden_size"],
+        "attention.head_count_kv": attention["kv_n_heads"],
+        "attention.clamp_kqv": attention["clip_qkv"],
+        "attention.layer_norm_epsilon": 1e-5,
+        "rope.freq_base": attention["rope_theta"],
+        "expert_count": experts["moe_num_experts"],
+        "expert_used_count": experts["moe_top_k"],
+    }
+
+
+def _dbrx(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Experts apart, their last matrix turned."""
+    if ".experts." not in name:
+        return
+    each = array.reshape(config["ffn_config"]["moe_num_experts"], -1, array.shape[-1])
+    if name.endswith("w2"):
+        turned = each.swapaxes(1, 2)
+        yield f"{stored_as}.weight", turned, lambda value: {name: value.swapaxes(1, 2).reshape(array.shape)}
+    else:
+        yield f"{stored_as}.weight", each, lambda value: {name: value.reshape(array.shape)}
+
+
 PLAIN = {
+    "dbrx": Family("dbrx", keys=_dbrx_keys, turned=_dbrx),
     "gemma4_text": Family(
         "gemma4",
         overrides={

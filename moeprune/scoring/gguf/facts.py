@@ -157,7 +157,7 @@ def common(facts: Facts) -> dict[str, Any]:
         "num_hidden_layers": facts.layers,
         "num_attention_heads": facts["attention.head_count"],
         "num_key_value_heads": facts.get("attention.head_count_kv", facts["attention.head_count"]),
-        "rms_norm_eps": facts["attention.layer_norm_rms_epsilon"],
+        "rms_norm_eps": facts.get("attention.layer_norm_epsilon") or facts["attention.layer_norm_rms_epsilon"],
         "max_position_embeddings": facts["context_length"],
         "num_experts_per_tok": facts["expert_used_count"],
         "rope_parameters": rope(facts),

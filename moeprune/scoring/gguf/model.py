@@ -18,7 +18,8 @@ class Model:
     architecture: str
     config: Callable[[Facts], dict[str, Any]]
     leaves: Mapping[str, str] = field(default_factory=dict)
-    experts: str = "mlp.experts"
+    layers: str = "model.layers"
+    experts: str = "mlp.experts"  # empty where leaves name the stacks
     turns: Mapping[str, Turn] = field(default_factory=dict)  # leaf -> the way back from what was done to it
     made: Mapping[str, Made] = field(default_factory=dict)  # name in memory -> the tensors it is made of
     permuted: bool = False  # the rows of q and k lie as llama.cpp's rotary embedding wants them

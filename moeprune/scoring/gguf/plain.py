@@ -7,6 +7,7 @@ from typing import Any
 from moeprune.errors import InputError
 from moeprune.scoring.gguf.facts import INSTEAD, Facts, rope, rotating_part
 from moeprune.scoring.gguf.model import AFTER, SHARED_EXPERT, Model
+from moeprune.scoring.gguf.turns import columns_of_all, rows_of_all
 
 
 def _qwen2(facts: Facts) -> dict[str, Any]:
@@ -66,6 +67,10 @@ def _olmoe(facts: Facts) -> dict[str, Any]:
 
 
 def _granite(facts: Facts) -> dict[str, Any]:
+    if not facts.get("rope.scaling.finetuned", True):
+        raise InputError(
+            f"{facts.file}: its layers know no positions, which this class of transformers does; {INSTEAD}"
+        )
     return {
         "num_local_experts": facts["expert_count"],
         "intermediate_size": facts.expert_width,
@@ -73,6 +78,17 @@ def _granite(facts: Facts) -> dict[str, Any]:
         "embedding_multiplier": facts.get("embedding_scale", 1.0),
         "residual_multiplier": facts.get("residual_scale", 1.0),
         "logits_scaling": facts.get("logit_scale", 1.0),
+    }
+
+
+def _dbrx(facts: Facts) -> dict[str, Any]:
+    theta = facts["rope.freq_base"]
+    heads, width = facts["attention.head_count_kv"], facts.expert_width
+    return {
+        "d_model": facts["embedding_length"],  # its configuration looks at no other name while it is made
+        "attn_config": {"rope_theta": theta, "kv_n_heads": heads, "clip_qkv": facts["attention.clamp_kqv"] or None},
+        "ffn_config": {"ffn_hidden_size": width, "moe_num_experts": facts["expert_count"]}
+        | {"moe_top_k": facts["expert_used_count"]},
     }
 
 
@@ -124,6 +140,19 @@ def _turned(facts: Facts) -> float:
     return sum(divisor < ZERO for divisor in divisors) / len(divisors)
 
 
+DBRX = {
+    "token_embd.weight": "transformer.wte.weight",
+    "output_norm.weight": "transformer.norm_f.weight",
+    "attn_norm": "norm_attn_norm.norm_1",
+    "attn_qkv": "norm_attn_norm.attn.Wqkv",
+    "attn_output": "norm_attn_norm.attn.out_proj",
+    "attn_output_norm": "norm_attn_norm.norm_2",
+    "ffn_gate_inp": "ffn.router.layer",
+    **{
+        f"ffn_{x}_exps.weight": f"ffn.experts.mlp.{name}"
+        for x, name in {"gate": "w1", "up": "v1", "down": "w2"}.items()
+    },
+}
 ZERO = 1e20  # a frequency divided by more turns nothing
 GEMMA4 = {
     "post_attention_norm": "post_attention_layernorm",
@@ -155,6 +184,15 @@ TABLE = {
     "olmoe": Model("olmoe", "OlmoeForCausalLM", _olmoe),
     "granitemoe": Model(
         "granitemoe", "GraniteMoeForCausalLM", _granite, GRANITE, experts="block_sparse_moe.experts", permuted=True
+    ),
+    "dbrx": Model(
+        "dbrx",
+        "DbrxForCausalLM",
+        _dbrx,
+        DBRX,
+        layers="transformer.blocks",
+        experts="",
+        turns={f"ffn_{x}_exps.weight": rows_of_all for x in ("gate", "up")} | {"ffn_down_exps.weight": columns_of_all},
     ),
     "gemma4": Model("gemma4_text", "Gemma4ForCausalLM", _gemma4, GEMMA4, experts="experts"),
 }

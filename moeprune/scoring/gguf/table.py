@@ -9,4 +9,8 @@ from __future__ import annotations
 
 from moeprune.scoring.gguf import hybrid, plain, shared
 
+WITHOUT = ("arctic", "grok", "grovemoe", "llada-moe", "rnd1", "smallthinker")
+REFUSED = dict.fromkeys(WITHOUT, "transformers has no such model") | {
+    "phimoe": "llama.cpp computes its norms and its router in another way than the model's own code"
+}
 TABLE = plain.TABLE | shared.TABLE | hybrid.TABLE

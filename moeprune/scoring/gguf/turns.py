@@ -44,6 +44,16 @@ def flat(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
     return value.flatten()
 
 
+def rows_of_all(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
+    """A stack of experts whose rows lie under each other in memory."""
+    return value.flatten(0, 1)
+
+
+def columns_of_all(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
+    """The same of columns."""
+    return value.transpose(1, 2).flatten(0, 1)
+
+
 def row(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
     """A matrix of one row that is stored as a vector."""
     return value.view(1, -1)

@@ -21,7 +21,7 @@ from moeprune.scoring.dequantize import Recipe, Stored
 from moeprune.scoring.gguf import library
 from moeprune.scoring.gguf.facts import INSTEAD, Facts, common
 from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, Model
-from moeprune.scoring.gguf.table import TABLE
+from moeprune.scoring.gguf.table import REFUSED, TABLE
 from moeprune.scoring.gguf.turns import MADE, PERMUTED, TURNS
 from moeprune.scoring.gguf.types import SCALE, check, values
 
@@ -55,9 +55,10 @@ def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 def _model(facts: Facts) -> Model:
     if facts.architecture not in TABLE:
+        why = REFUSED.get(facts.architecture, "no table in moeprune/scoring/gguf/ knows it")
         raise InputError(
             f"{facts.file}: a GGUF file of the architecture {facts.architecture or '(none named)'} can be cut but not "
-            f"run here; {INSTEAD}"
+            f"run here, because {why}; {INSTEAD}"
         )
     return TABLE[facts.architecture]
 
@@ -90,7 +91,7 @@ class _Part:
         self.facts, self.model, self.left = facts, model, dict(leaves)
         self.names = {**(OUTSIDE if layer < 0 else LEAVES), **model.leaves}
         self.turns = {**TURNS, **(PERMUTED if model.permuted else {}), **model.turns}
-        self.prefix = "" if layer < 0 else f"model.layers.{layer}."
+        self.prefix = "" if layer < 0 else f"{model.layers}.{layer}."
 
     def recipes(self) -> dict[str, Recipe]:
         """All of them."""
@@ -135,7 +136,7 @@ class _Part:
 
     def _experts(self) -> Iterator[tuple[str, Recipe]]:
         """Gate and up as one stack, and down as another, whichever way they lie on disk."""
-        for ending in ("weight", "bias"):
+        for ending in ("weight", "bias") if self.model.experts else ():
             target = f"{self.model.experts}.{{}}_proj{'_bias' if ending == 'bias' else ''}"
             for name, kinds in (("gate_up", ("gate", "up")), ("down", ("down",))):
                 whole, apart = f"ffn_{name}_exps.{ending}", {kind: f"ffn_{kind}_exps.{ending}" for kind in kinds}
