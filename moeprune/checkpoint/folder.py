@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,7 +87,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     headers = {shard: read_header(shard) for shard in shards}
     tensors = _merged({shard: header[0] for shard, header in headers.items()})
     if index is not None:
-        _check_index(root, index, tensors)
+        _check_index(root, index, {shard: header[0] for shard, header in headers.items()})
     taken = {shard.relative_to(root) for shard in shards} | {Path(INDEX)}
     rest = [file for file in files if file not in taken]
     return Checkpoint(
@@ -195,27 +196,30 @@ def _merged(headers: Mapping[Path, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """All tensors under their names; one name in two files would leave open which is meant."""
     tensors: dict[str, Tensor] = {}
     for shard, header in headers.items():
-        for name, tensor in header.items():
-            if name in tensors:
-                raise InputError(
-                    f"tensor {name} lies in {tensors[name].file.name} and in {shard.name}; remove the stale file"
-                )
-            tensors[name] = tensor
+        if not tensors.keys().isdisjoint(header):
+            twice = next(name for name in header if name in tensors)
+            raise InputError(
+                f"tensor {twice} lies in {tensors[twice].file.name} and in {shard.name}; remove the stale file"
+            )
+        tensors |= header
     return tensors
 
 
-def _check_index(root: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_index(root: Path, index: Mapping[str, Any], headers: Mapping[Path, Mapping[str, Tensor]]) -> None:
     """Each entry of the index must be where it says."""
+    of_shard = {shard.name: header for shard, header in headers.items()}
     for name, shard in index["weight_map"].items():
-        if name not in tensors:
-            raise InputError(f"{root}: the index lists {name} in {shard}, but it is not there; fetch the shard again")
-        if tensors[name].file.name != shard:
-            raise InputError(f"{root}: the index lists {name} in {shard}, but it lies in {tensors[name].file.name}")
+        if name not in of_shard[shard]:
+            found = next((other for other, header in of_shard.items() if name in header), None)
+            what = f"but it lies in {found}" if found else "but it is not there; fetch the shard again"
+            raise InputError(f"{root}: the index lists {name} in {shard}, {what}")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A digest of config, names, shapes, places and a sample of each shard's weights; reads little of a large model."""
-    places = [f"{t.name} {t.dtype} {t.shape} {t.file.name} {t.start}" for _, t in sorted(checkpoint.tensors.items())]
+    files = {shard: shard.name for shard in checkpoint.shards}
+    tensors = sorted(checkpoint.tensors.values(), key=attrgetter("name"))
+    places = [f"{name} {dtype} {shape} {files[file]} {start}" for name, dtype, shape, file, start, _ in tensors]
     return digest(json.dumps(checkpoint.config), "\n".join(places), *(_sample(shard) for shard in checkpoint.shards))
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moeprune.checkpoint.headers import Tensor
-from moeprune.checkpoint.structure import OLD_GGUF, Block, Part
+from moeprune.checkpoint.structure import Block, Part
 from moeprune.errors import InputError
 
+OLD = re.compile(r"(?P<head>blk\.\d+\.ffn_(?:gate|up|down)\.)(?P<id>\d{1,6})(?P<tail>\.weight)")  # files of 2023
 LAYER = re.compile(r"(?P<block>blk\.(?P<layer>\d{1,6}))\.(?P<rest>.+)")
 STACKED = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale|input_scale)")
 SHARED_BY_RUN = re.compile(r"ffn_(gate|up|down)_chexps\.(weight|scale)")  # GroveMoE: one for so many neighbours
@@ -39,7 +40,7 @@ def find_blocks(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> lis
     for layer, found in sorted(parts.items()):
         if not any(part.router for part in found):
             raise InputError(f"blk.{layer} holds experts but no router (ffn_gate_inp); the file is damaged")
-        _check_complete(layer, found, experts)
+        _check_complete(found, experts)
         blocks.append(Block(f"blk.{layer}", "trunk" if layer < trunk else "mtp", experts, tuple(found)))
     return blocks
 
@@ -65,23 +66,23 @@ def bits(tensors: Mapping[str, Tensor], blocks: Iterable[Block]) -> tuple[float,
     return found[0] or 16.0, found[1] or 16.0
 
 
-def _check_complete(layer: int, parts: Iterable[Part], experts: int) -> None:
+def _check_complete(parts: Iterable[Part], experts: int) -> None:
     """Files with one tensor per expert must hold every one."""
     have: dict[str, set[int]] = defaultdict(set)
     for part in parts:
-        if match := OLD_GGUF.fullmatch(part.tensor):
-            have[match[1]].add(part.expert)
-    for kind, numbers in have.items():
+        if part.kind == "expert":
+            have[part.around[0]].add(part.expert)
+    for head, numbers in have.items():
         if len(numbers) != experts or max(numbers) >= experts:
             wrong = next((number for number in range(experts) if number not in numbers), max(numbers))
-            raise InputError(f"blk.{layer}.ffn_{kind}: expert {wrong} of {experts} is missing or one too many")
+            raise InputError(f"{head[:-1]}: expert {wrong} of {experts} is missing or one too many")
 
 
 def _part(tensor: Tensor, rest: str, config: Mapping[str, Any]) -> Part | None:
     """What a tensor of a layer has to do with experts."""
     experts, run = counts(config, "expert_count"), counts(config, "experts_per_group")
-    if match := OLD_GGUF.fullmatch(tensor.name):
-        return Part(tensor.name, "expert", int(match["id"]))
+    if match := OLD.fullmatch(tensor.name):
+        return Part(tensor.name, "expert", int(match["id"]), (match["head"], match["tail"]))
     if rest == IDS:
         return Part(tensor.name, "ids", router=True)
     if SHARED_BY_RUN.fullmatch(rest):

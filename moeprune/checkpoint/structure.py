@@ -15,17 +15,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from moeprune.checkpoint.headers import Tensor
 from moeprune.errors import InputError
 
 TOWER = re.compile(r"vision|visual|audio|image|speech|talker|code2wav|(^|\.)vit(\.|$)")
 EXPERT = re.compile(
-    r"(?P<module>(?:.*\.)?)(?P<chunk>chunk_)?experts\."
-    r"(?:expert_|local_experts\.|mlp\.|(?:gate_up|gate|up|down)_projs\.)?(?P<id>\d{1,6})\.(?P<rest>.+)"
+    r"(?P<head>(?P<module>(?:.*\.)?)(?P<chunk>chunk_)?experts\."
+    r"(?:expert_|local_experts\.|mlp\.|(?:gate_up|gate|up|down)_projs\.)?)(?P<id>\d{1,6})(?P<tail>\..+)"
 )
-OLD_GGUF = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(?P<id>\d{1,6})\.weight")  # files of 2023
 STACKED = re.compile(r"(?P<module>(?:.*?\.)?)(?:experts|switch_mlp|switch_glu)\.(?P<rest>.+)")
 LOOSE = re.compile(  # stacked experts that lie in the module itself; only three axes tell them from a dense layer
     r"(?P<module>.*\.(?:moe|mlp|block_sparse_moe|feed_forward|ffn|mixer)\.)"
@@ -47,8 +47,7 @@ BLOCK_SCALE = re.compile(r"\.weight_scale(_inv)?$")
 ATTENTION = re.compile(r"attn|attention")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):  # there may be a million; a frozen dataclass takes twice as long to make
     """How one tensor hangs on the experts of its block."""
 
     tensor: str
@@ -56,6 +55,7 @@ class Part:
     # made: beside a router of bitsandbytes, has to be computed (bnb.py)
     kind: str
     expert: int = -1  # kind expert, tail: the expert's number within the block
+    around: tuple[str, str] = ("", "")  # kind expert, tail: what comes before the number on disk, and behind it
     axis: int = 0  # kind rows
     rows_per_expert: int = 1  # kind rows: flat layouts [E*F, H]
     tail: int = 0  # kind rows: rows behind the experts' own that always stay, last
@@ -73,6 +73,16 @@ class Block:
     role: str  # trunk | mtp | attention | vision
     experts: int
     parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The tensors of single experts of one module whose names differ in the expert's number alone."""
+
+    module: str
+    chunk: bool  # each serves several neighbours
+    around: tuple[str, str]  # the number
+    numbers: dict[str, int] = field(default_factory=dict)  # name -> number
 
 
 @dataclass(frozen=True)
@@ -93,21 +103,39 @@ def is_tower(name: str) -> bool:
 
 def renamed(part: Part, new_expert: int) -> str:
     """The name of a tensor of one expert after renumbering; `new_expert` is the number on disk."""
-    match = EXPERT.fullmatch(part.tensor) or OLD_GGUF.fullmatch(part.tensor)
-    if match is None:
-        raise ValueError(f"{part.tensor} carries no expert number")
-    return f"{part.tensor[: match.start('id')]}{new_expert}{part.tensor[match.end('id') :]}"
+    before, behind = part.around
+    return f"{before}{new_expert}{behind}"
 
 
 def find_blocks(tensors: Mapping[str, Tensor], hints: Hints) -> list[Block]:
     """All blocks of the language model, in the order of their layers."""
-    names = sorted(name for name in tensors if not is_tower(name))
-    modules = dict.fromkeys(module for name in names if (module := _module(tensors[name])) is not None)
+    series = _series(tensors)
+    numbered = {name for own in series.values() for one in own for name in one.numbers}
+    others = [name for name in tensors if name not in numbered and not is_tower(name)]
+    names = sorted([*numbered, *others])
+    modules = series.keys() | {module for name in others if (module := _module(tensors[name])) is not None}
     blocks = []
-    for module in modules:
-        block = _block(module, [tensors[name] for name in _under(names, _layer(module))], hints)
+    for module in sorted(modules):
+        of_layer = [tensors[name] for name in _under(names, _layer(module))]
+        block = _block(module, of_layer, series.get(module, []), hints)
         blocks += _two_kinds(block) if block and hints.two_kinds else [block] if block else []
     return sorted(_named_apart(blocks), key=lambda block: _natural(block.name))
+
+
+def _series(names: Iterable[str]) -> dict[str, list[Series]]:
+    """The routed experts' tensors by module. What must hold for each name is asked once for all of a series."""
+    found: dict[tuple[str, str], Series] = {}
+    for name in names:
+        if match := EXPERT.fullmatch(name):
+            around = (match["head"], match["tail"])
+            if around not in found:
+                found[around] = Series(match["module"], match["chunk"] is not None, around)
+            found[around].numbers[name] = int(match["id"])
+    modules: dict[str, list[Series]] = {}
+    for around, one in found.items():
+        if not any(is_tower(text) or SHARED.search(text) for text in around):
+            modules.setdefault(one.module, []).append(one)
+    return modules
 
 
 def _under(names: Sequence[str], layer: str) -> Sequence[str]:
@@ -118,8 +146,8 @@ def _under(names: Sequence[str], layer: str) -> Sequence[str]:
 
 
 def _module(tensor: Tensor) -> str | None:
-    """The module whose experts this tensor belongs to, if any."""
-    match = EXPERT.fullmatch(tensor.name) or STACKED.fullmatch(tensor.name)
+    """The module whose experts this tensor, which has none's number, belongs to, if any."""
+    match = STACKED.fullmatch(tensor.name)
     if match is None and len(tensor.shape) >= 3 and tensor.shape[0] > 1:
         match = LOOSE.fullmatch(tensor.name)
     return None if match is None or SHARED.search(tensor.name) else match["module"]
@@ -136,20 +164,21 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(len(piece) if piece.isdigit() else 0, piece) for piece in re.split(r"(\d+)", name)]
 
 
-Numbered = Mapping[str, re.Match[str]]  # tensor of one expert of a module -> its name, taken apart
-
-
-def _block(module: str, tensors: Sequence[Tensor], hints: Hints) -> Block | None:
+def _block(module: str, tensors: Sequence[Tensor], series: Sequence[Series], hints: Hints) -> Block | None:
     """The block of one module from all tensors of its layer; None when it is a dense layer after all."""
     layer = _layer(module)
-    numbered = {t.name: match for t in tensors if (match := _own(EXPERT, t, module))}
-    experts = _count_experts(module, tensors, numbered, hints)
+    experts = _count_experts(module, tensors, series, hints)
     if experts < 1:
         raise InputError(f"{module}* looks like experts, but neither shapes nor config.json say how many there are")
-    parts = [part for tensor in tensors if (part := _part(tensor, module, layer, experts, numbered, hints))]
-    runs = {part.expert for part in parts if part.share > 1}
-    parts = [replace(part, share=experts // len(runs)) if part.share > 1 else part for part in parts]
-    _check_complete(module, parts, numbered, experts * (2 if hints.two_kinds else 1))
+    _check_complete(series, experts * (2 if hints.two_kinds else 1))
+    numbered = {name: one for one in series for name in one.numbers}
+    runs = {number for one in series if one.chunk for number in one.numbers.values()}
+    parts = []
+    for tensor in tensors:
+        if one := numbered.get(tensor.name):
+            parts.append(_expert_part(tensor.name, one, experts, experts // len(runs) if one.chunk else 1))
+        elif part := _part(tensor, module, layer, experts, hints):
+            parts.append(part)
     if not any(part.router and _is_matrix(part, tensors) for part in parts):
         if not any(EXPERT.fullmatch(t.name) or STACKED.fullmatch(t.name) for t in tensors if t.name.startswith(module)):
             return None
@@ -164,9 +193,9 @@ def _is_matrix(part: Part, tensors: Sequence[Tensor]) -> bool:
     return any(tensor.name == part.tensor and len(tensor.shape) > 1 for tensor in tensors)
 
 
-def _count_experts(module: str, tensors: Sequence[Tensor], numbered: Numbered, hints: Hints) -> int:
+def _count_experts(module: str, tensors: Sequence[Tensor], series: Sequence[Series], hints: Hints) -> int:
     """E of a module: the highest number there is, or the size that most stacked tensors begin with."""
-    ids = [int(match["id"]) for match in numbered.values() if not match["chunk"]]
+    ids = [number for one in series if not one.chunk for number in one.numbers.values()]
     if ids:
         found = max(ids) + 1
         if hints.two_kinds:
@@ -185,10 +214,8 @@ def _own(pattern: re.Pattern[str], tensor: Tensor, module: str) -> re.Match[str]
     return match if match and match["module"] == module and not SHARED.search(match["rest"]) else None
 
 
-def _part(tensor: Tensor, module: str, layer: str, experts: int, numbered: Numbered, hints: Hints) -> Part | None:
-    """What a tensor of the layer has to do with these experts; None when it is to be copied as it is."""
-    if match := numbered.get(tensor.name):
-        return _expert_part(tensor, match, experts)
+def _part(tensor: Tensor, module: str, layer: str, experts: int, hints: Hints) -> Part | None:
+    """What a tensor of the layer, of no single expert, has to do with them; None when it is to be copied as it is."""
     inside = tensor.name.startswith(module)
     local = tensor.name[len(module) :]
     if SHARED.search(local if inside else tensor.name) or NO_ROUTER.search(tensor.name):
@@ -202,11 +229,9 @@ def _part(tensor: Tensor, module: str, layer: str, experts: int, numbered: Numbe
     return None
 
 
-def _expert_part(tensor: Tensor, match: re.Match[str], experts: int) -> Part:
-    number = int(match["id"])
-    if match["chunk"]:
-        return Part(tensor.name, "expert", number, share=2)
-    return Part(tensor.name, "expert", number) if number < experts else Part(tensor.name, "tail", number)
+def _expert_part(name: str, series: Series, experts: int, share: int) -> Part:
+    number = series.numbers[name]
+    return Part(name, "expert" if number < experts else "tail", number, series.around, share=share)
 
 
 def _stacked_part(tensor: Tensor, experts: int) -> Part | None:
@@ -266,18 +291,13 @@ def _refuse_unknown(tensor: Tensor, experts: int, hints: Hints) -> None:
         )
 
 
-def _check_complete(module: str, parts: Iterable[Part], numbered: Numbered, experts: int) -> None:
+def _check_complete(series: Iterable[Series], experts: int) -> None:
     """Every expert must own the same tensors; a hole would become a wrong number after the cut."""
-    by_suffix: dict[str, set[int]] = {}
-    for part in parts:
-        if part.kind in ("expert", "tail") and part.share == 1 and (match := numbered.get(part.tensor)):
-            by_suffix.setdefault(part.tensor[match.end("id") :], set()).add(part.expert)
-    for suffix, have in by_suffix.items():
-        missing = sorted(set(range(experts)) - have)
-        if missing:
-            raise InputError(
-                f"{module}experts: expert {missing[0]} has no tensor {suffix.lstrip('.')}; fetch the model again"
-            )
+    for one in series:
+        missing = set(range(experts)).difference(one.numbers.values())
+        if missing and not one.chunk:
+            tail = one.around[1].lstrip(".")
+            raise InputError(f"{one.module}experts: expert {min(missing)} has no tensor {tail}; fetch the model again")
 
 
 def _role(layer: str, depth: int) -> str:
@@ -309,10 +329,10 @@ def _two_kinds(block: Block) -> list[Block]:
     first, second = [], []
     for part in block.parts:
         if part.kind == "tail":
-            second.append(replace(part, kind="expert", expert=part.expert - block.experts, shift=1))
+            second.append(part._replace(kind="expert", expert=part.expert - block.experts, shift=1))
         elif part.tensor.endswith("weight_1"):
             second.append(part)
         else:
             both = "moe_statics" in part.tensor
-            first.append(replace(part, blocks=(block.name, vision)) if both else part)
+            first.append(part._replace(blocks=(block.name, vision)) if both else part)
     return [replace(block, parts=tuple(first)), Block(vision, "vision", block.experts, tuple(second))]

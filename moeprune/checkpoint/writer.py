@@ -16,11 +16,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from json.encoder import encode_basestring as quoted
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from moeprune.checkpoint.growing import PAGE, Growing
+from moeprune.checkpoint.headers import BITS
 from moeprune.console import size
 from moeprune.errors import FULL_DISK, InputError, MachineError
 from moeprune.metadata import sync
@@ -29,8 +31,7 @@ SYNC_FILE_RANGE_WRITE = 2
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a new file: ranges of bytes of an old file or, where they must be computed, what `make` yields."""
 
     name: str
@@ -52,20 +53,23 @@ class NewFile:
     indexed: bool = False
     alignment: int = 1  # every entry is padded to a multiple of this
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Its size on disk."""
         return len(self.head) + sum(entry.nbytes + -entry.nbytes % self.alignment for entry in self.entries)
 
 
-def aligned(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    """The entries, wide types first: readers map tensors in place, and each must start at a multiple of its width."""
+def aligned(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The entries in an order in which each begins at a multiple of its width, as readers map tensors in place.
 
-    def width(entry: Entry) -> float:
-        elements = math.prod(entry.shape)
-        return entry.nbytes / elements if elements else 8
-
-    return tuple(sorted(entries, key=lambda entry: -width(entry)))
+    Their own where it will do, so that neighbours stay neighbours and are copied as one; else wide types first.
+    """
+    at = 0
+    for entry in entries:
+        if at % max(1, BITS[entry.dtype] // 8):
+            return tuple(sorted(entries, key=lambda entry: -BITS[entry.dtype]))
+        at += entry.nbytes
+    return tuple(entries)
 
 
 def packed(entries: Iterable[Entry], limit: int) -> list[tuple[Entry, ...]]:

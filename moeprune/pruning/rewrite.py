@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from moeprune.arrays import NDArray, np
 from moeprune.checkpoint import bnb, families, writer
@@ -26,8 +28,7 @@ KINDS = ("copy", "rename", "slice", "remap", "drop")
 CHUNK = 16 << 20  # bytes of a strided tensor that are gathered at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """What happens to one tensor of the parent."""
 
     kind: str
@@ -66,7 +67,7 @@ def actions(checkpoint: Checkpoint, layout: Layout, keep: Keep, gone: Iterable[s
             done.append(_of_part(checkpoint, tensor, block, part, keep))
         else:
             done.append(Action("copy", tensor, name, tensor.shape))
-    _check(done, owners, removed)
+    _check(done, checkpoint, owners.keys() | removed)
     return tuple(done)
 
 
@@ -137,12 +138,12 @@ def _joined(pieces: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(joined)
 
 
-def _check(done: Sequence[Action], owners: Mapping[str, object], removed: frozenset[str]) -> None:
-    names = Counter(action.name for action in done if action.kind != "drop")
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise InputError(f"two tensors would both become {twice[0]}; the family table is wrong about its block")
-    unknown = (owners.keys() | removed) - {action.tensor.name for action in done}
+def _check(done: Sequence[Action], checkpoint: Checkpoint, concerned: Set[str]) -> None:
+    names = [action.name for action in done if action.kind != "drop"]
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise InputError(f"two tensors would both become {twice}; the family table is wrong about its block")
+    unknown = concerned - checkpoint.tensors.keys()
     if unknown:
         raise InputError(f"{min(unknown)} is to be cut but is not in the checkpoint")
 
@@ -196,10 +197,11 @@ def new_files(checkpoint: Checkpoint, done: Sequence[Action], metadata: ShardMet
     """The files of the result: indexed shards packed anew, none larger than the parent's largest; others by name."""
     kept: dict[Path, list[Action]] = {shard: [] for shard in checkpoint.shards}
     sizes = dict.fromkeys(checkpoint.shards, 0)
-    for action in done:
-        sizes[action.tensor.file] += action.tensor.nbytes
-        if action.kind != "drop":
-            kept[action.tensor.file].append(action)
+    for shard, neighbours in groupby(done, attrgetter("tensor.file")):
+        for action in neighbours:
+            sizes[shard] += action.tensor.nbytes
+            if action.kind != "drop":
+                kept[shard].append(action)
     indexed = set((checkpoint.index or {}).get("weight_map", {}).values())
     shards = [shard for shard in checkpoint.shards if shard.name in indexed]
     limit = max((sizes[shard] for shard in shards), default=0)
@@ -217,7 +219,7 @@ def new_files(checkpoint: Checkpoint, done: Sequence[Action], metadata: ShardMet
 
 
 def _as_it_was(shard: Path, done: Iterable[Action], metadata: Mapping[str, str]) -> writer.NewFile:
-    entries = writer.aligned(map(entry, done))
+    entries = writer.aligned([entry(action) for action in done])
     return writer.NewFile(shard.name, writer.header(entries, metadata), entries)
 
 
@@ -233,16 +235,16 @@ def _by_metadata(metadata: ShardMetadata, shards: Iterable[Path]) -> list[tuple[
 
 def entry(action: Action) -> writer.Entry:
     """What the writer needs to know of an action's tensor."""
-    tensor = action.tensor
+    name, tensor, shape = action.name, action.tensor, action.shape
+    if action.kind in ("copy", "rename"):
+        return writer.Entry(name, tensor.dtype, shape, tensor.nbytes, tensor.file, ((tensor.start, tensor.end),))
     dtype = action.made.dtype if action.made else tensor.dtype
-    plain = (action.name, dtype, action.shape, action.nbytes, tensor.file)
+    plain = (name, dtype, shape, action.nbytes, tensor.file)
     if action.made is not None:
         content = action.made.content
         return writer.Entry(*plain, make=lambda: [content])
     if action.kind == "remap":
         return writer.Entry(*plain, make=lambda: remapped(action))
-    if action.kind != "slice":
-        return writer.Entry(*plain, ranges=((tensor.start, tensor.end),))
     if action.outer > 1:
         return writer.Entry(*plain, make=lambda: strided(action))
     at, row = tensor.start, action.row_bytes
