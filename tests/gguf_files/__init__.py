@@ -37,7 +37,7 @@ KEYS = {  # GGUF key -> config keys, the first that is there counts
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "expert_group_count": ("n_group",),
     "expert_group_used_count": ("topk_group",),
-    "expert_weights_scale": ("routed_scaling_factor", "route_scale"),
+    "expert_weights_scale": ("routed_scaling_factor", "route_scale", "router_scaling_factor"),
     "expert_weights_norm": ("norm_topk_prob",),
     "leading_dense_block_count": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
     "interleave_moe_layer_step": ("interleave_moe_layer_step", "moe_layer_interval"),
@@ -206,7 +206,8 @@ def stored(family: str, config: dict[str, Any], tensors: Arrays) -> Iterator[Wri
 
 
 def _arch(family: str) -> gguf.MODEL_ARCH:
-    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == FAMILIES[family].architecture)
+    way = FAMILIES[family]
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == (way.named_as or way.architecture))
 
 
 EXPERT_WORDS = {"1": "gate", "2": "down", "3": "up"}

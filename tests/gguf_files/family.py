@@ -24,6 +24,7 @@ class Family:
     engine: Config = field(default_factory=dict)  # more of them, where llama.cpp is to compute the same
     keys: Callable[[Config], Config] = lambda _: {}  # of the metadata, beside those that all families have
     turned: Callable[[Config, str, str, np.ndarray], Iterable[Written]] = lambda *_: ()
+    named_as: str = ""  # the architecture whose names these are, where the gguf package lacks this one
     exact: bool = True  # False: arithmetic on the way cannot be undone to the bit
 
 

@@ -81,12 +81,44 @@ def _keys_and_values(config: Config, stored_as: str, name: str, array: np.ndarra
     yield f"{block(name)}.attn_v_b.weight", np.ascontiguousarray(by_head[:, nope:]), join
 
 
+def _indexed(config: Config) -> Config:
+    names = {"head_count": "index_n_heads", "key_length": "index_head_dim", "top_k": "index_topk"}
+    return _latent_sigmoid(config) | {f"attention.indexer.{key}": config[name] for key, name in names.items()}
+
+
+def _glm_dsa(config: Config) -> Config:
+    return _indexed(config) | {"attention.indexer.types": [kind == "full" for kind in config["indexer_types"]]}
+
+
+def _hy_v3(config: Config) -> Config:
+    width = config["moe_intermediate_size"] * config["num_shared_experts"]
+    return sigmoid(config) | {"expert_shared_feed_forward_length": width, "expert_weights_norm": True}
+
+
+def _bare_bias(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """The router's bias has a name without an ending."""
+    if stored_as.endswith("exp_probs_b.bias"):
+        yield stored_as.removesuffix(".bias"), array, lambda value: {name: value}
+
+
+INDEXER = {"index_head_dim": 128, "index_n_heads": 32}  # llama.cpp wants heads of 64 or more; few of them tie at zero
+WHOLE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHARED = {
     "deepseek_v2": Family("deepseek2", keys=latent, turned=_keys_and_values),
     "deepseek_v3": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
     "glm4_moe_lite": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
+    "glm_moe_dsa": Family(
+        "glm-dsa",
+        overrides={"indexer_types": ["full", "shared", "full"]},
+        engine=INDEXER,
+        keys=_glm_dsa,
+        turned=_keys_and_values,
+    ),
+    "deepseek_v32": Family("deepseek32", engine=INDEXER, keys=_indexed, turned=_keys_and_values, named_as="glm-dsa"),
+    "hy_v3": Family("hy_v3", keys=_hy_v3, turned=_bare_bias, named_as="exaone-moe"),
+    "solar_open": Family("glm4moe", overrides={"rope_parameters": WHOLE}, keys=sigmoid),
     "glm4_moe": Family("glm4moe", keys=sigmoid),
     "dots1": Family("dots1", engine={"num_key_value_heads": 4}, keys=sigmoid),
     "llama4_text": Family(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.errors import InputError
-from moeprune.scoring.gguf.facts import INSTEAD, Facts, rope, rotating_part, shortest, windows
+from moeprune.scoring.gguf.facts import INSTEAD, Facts, rope, shortest, windows
 from moeprune.scoring.gguf.model import AFTER, LATENT, Model, feed_forward, shared_expert
 from moeprune.scoring.gguf.turns import row
 
@@ -31,34 +31,49 @@ def _routed(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _deepseek(facts: Facts) -> dict[str, Any]:
+def _latent(facts: Facts) -> dict[str, Any]:
+    """What models with latent attention have beside."""
     rotary = int(facts["rope.dimension_count"])
-    heads = int(facts["attention.head_count"])
     parameters = rope(facts)
     if parameters["rope_type"] == "yarn":  # llama.cpp stores a tenth of the exponent's base
         scale = shortest(float(facts.get("rope.scaling.yarn_log_multiplier", 0.0)) * 10)
         parameters |= {"mscale": scale, "mscale_all_dim": scale}
-    sigmoid = facts.get("expert_gating_func", 1) == SIGMOID
-    model_type = "deepseek_v3" if sigmoid else "deepseek_v2"
-    found = _routed(facts) | {
-        "model_type": model_type,
-        "architectures": ["DeepseekV3ForCausalLM" if sigmoid else "DeepseekV2ForCausalLM"],
+    return _routed(facts) | {
         "q_lora_rank": facts.get("attention.q_lora_rank") or None,
         "kv_lora_rank": facts["attention.kv_lora_rank"],
         "qk_rope_head_dim": rotary,
         "qk_nope_head_dim": int(facts.get("attention.key_length_mla", facts["attention.key_length"])) - rotary,
         "v_head_dim": facts.get("attention.value_length_mla", facts["attention.value_length"]),
-        "num_key_value_heads": heads,
+        "num_key_value_heads": facts["attention.head_count"],
         "rope_parameters": parameters,
         "head_dim": rotary,
     }
-    if not sigmoid:
+
+
+def _deepseek(facts: Facts) -> dict[str, Any]:
+    found = _latent(facts)
+    if facts.get("expert_gating_func", 1) != SIGMOID:
+        found |= {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
         found["topk_method"] = "group_limited_greedy" if found["n_group"] > 1 else "greedy"
     return found
 
 
+def _indexed(facts: Facts) -> dict[str, Any]:
+    """An indexer chooses the tokens to attend to; a layer without one takes the choice of the layer before."""
+    has = [f"blk.{i}.indexer.attn_k.weight" in facts.checkpoint.tensors for i in range(facts.layers)]
+    return _latent(facts) | {
+        "index_n_heads": facts["attention.indexer.head_count"],
+        "index_head_dim": facts["attention.indexer.key_length"],
+        "index_topk": facts["attention.indexer.top_k"],
+        "indexer_types": ["full" if own else "shared" for own in has],
+    }
+
+
 def _glm4(facts: Facts) -> dict[str, Any]:
-    return _routed(facts) | {"use_qk_norm": facts.has("attn_q_norm.weight"), "rope_parameters": rotating_part(facts)}
+    """Solar Open, too, which turns whole heads."""
+    part = facts["rope.dimension_count"] / facts.head_dim
+    positions = {"rope_parameters": rope(facts, partial_rotary_factor=part)}
+    return _routed(facts) | positions | {"use_qk_norm": facts.has("attn_q_norm.weight")}
 
 
 def _llama4(facts: Facts) -> dict[str, Any]:
@@ -115,11 +130,24 @@ def _afmoe(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _hy_v3(facts: Facts) -> dict[str, Any]:
+    found = _routed(facts)
+    return found | {
+        "num_experts": facts["expert_count"],
+        "num_shared_experts": int(facts["expert_shared_feed_forward_length"]) // facts.expert_width,
+        "router_scaling_factor": found["routed_scaling_factor"],
+    }
+
+
 def _exaone(facts: Facts) -> dict[str, Any]:
     names = {"num_experts": facts["expert_count"], "num_shared_experts": facts["expert_shared_count"]}
     return _routed(facts) | windows(facts, period=4) | names
 
 
+INDEXED = LATENT | {
+    f"indexer.{leaf}": f"self_attn.indexer.{name}"
+    for leaf, name in {"attn_q_b": "wq_b", "attn_k": "wk", "k_norm": "k_norm", "proj": "weights_proj"}.items()
+}
 LLAMA4 = feed_forward("feed_forward") | shared_expert("feed_forward.shared_expert")
 LLAMA4 |= {"ffn_gate_inp": "feed_forward.router"}
 ERNIE = {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"}
@@ -137,6 +165,9 @@ AFMOE = {
 TABLE = {
     "llama4": Model("llama4_text", "Llama4ForCausalLM", _llama4, LLAMA4, experts="feed_forward.experts", columns=True),
     "deepseek2": Model("deepseek_v3", "DeepseekV3ForCausalLM", _deepseek, LATENT),
+    "glm-dsa": Model("glm_moe_dsa", "GlmMoeDsaForCausalLM", _indexed, INDEXED),
+    "deepseek32": Model("deepseek_v32", "DeepseekV32ForCausalLM", _indexed, INDEXED),
+    "hy_v3": Model("hy_v3", "HYV3ForCausalLM", _hy_v3, {"exp_probs_b": "mlp.e_score_correction_bias"}),
     "glm4moe": Model("glm4_moe", "Glm4MoeForCausalLM", _glm4, AFTER),
     "ernie4_5-moe": Model("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _ernie, ERNIE, turns={"exp_probs_b.bias": row}),
     "hunyuan-moe": Model("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _hunyuan, HUNYUAN),
