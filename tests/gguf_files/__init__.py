@@ -26,7 +26,7 @@ KEYS = {  # GGUF key -> config keys, the first that is there counts
     "feed_forward_length": ("intermediate_size",),
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads",),
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
     "attention.key_length": ("head_dim",),
     "attention.value_length": ("head_dim",),
     "attention.sliding_window": ("sliding_window",),
@@ -137,9 +137,13 @@ def write_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
+def _layers(config: dict[str, Any]) -> int:
+    return config.get("num_hidden_layers") or len(config["layers_block_type"])
+
+
 def metadata(config: dict[str, Any], mtp: int) -> dict[str, Any]:
     """The keys of the model's section."""
-    found: dict[str, Any] = {"block_count": config["num_hidden_layers"] + mtp}
+    found: dict[str, Any] = {"block_count": _layers(config) + mtp}
     if mtp:
         found["nextn_predict_layers"] = mtp
     for key, names in KEYS.items():
@@ -191,7 +195,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
 
 def stored(family: str, config: dict[str, Any], tensors: Arrays) -> Iterator[Written]:
     """All tensors of the file."""
-    names = gguf.get_tensor_name_map(_arch(family), config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(_arch(family), _layers(config))
     stacks: dict[str, list[str]] = {}
     for name in tensors:
         if match := EXPERT.fullmatch(name):
@@ -217,6 +221,7 @@ def _named(names: gguf.TensorNameMap, name: str) -> str:
     """The name in the file, empty where gguf's tables do not know it."""
     name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("dt_bias", "dt_proj.bias")
     name = re.sub(r"feed_forward\.experts\.w(\d)", lambda m: f"mlp.experts.{EXPERT_WORDS[m[1]]}_proj", name)
+    name = re.sub(r"backbone(\.layers\.\d+)\.mixer\.experts", r"model\1.mlp.experts", name)
     name = re.sub(r"expert_bias$", "expert_bias.bias", name)
     found = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
     return f"{found}.weight" if found.endswith("attn_sinks") else found

@@ -87,6 +87,36 @@ def _qwen35(config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
     yield stored_as, -np.exp(tiled) if name.endswith("A_log") else tiled, back
 
 
+def _nemotron_keys(config: Config) -> Config:
+    kinds = config["layers_block_type"]
+    return sigmoid(config) | {
+        "attention.layer_norm_epsilon": config["layer_norm_epsilon"],
+        "attention.head_count_kv": [config["num_key_value_heads"] * (kind == "full_attention") for kind in kinds],
+        "feed_forward_length": [config["moe_intermediate_size"] * (kind == "moe") for kind in kinds],
+        "expert_shared_feed_forward_length": config["moe_shared_expert_intermediate_size"],
+        "ssm.conv_kernel": config["conv_kernel"],
+        "ssm.inner_size": config["mamba_num_heads"] * config["mamba_head_dim"],
+        "ssm.state_size": config["ssm_state_size"],
+        "ssm.group_count": config["n_groups"],
+        "ssm.time_step_rank": config["mamba_num_heads"],
+        "moe_latent_size": config["moe_latent_size"],
+    }
+
+
+def _mamba(groups: int, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Heads as a column, the norm with a row for each group."""
+    column, log = (-1, 1), name.endswith("A_log")
+    if log or name.endswith(".D"):
+        turned = (-np.exp(array) if log else array).reshape(column)
+        yield stored_as, turned, lambda value: {name: (np.log(-value) if log else value).reshape(array.shape)}
+    elif stored_as.endswith("ssm_norm.weight"):
+        yield stored_as, array.reshape(groups, -1), lambda value: {name: value.reshape(array.shape)}
+
+
+def _nemotron(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    yield from _mamba(config["n_groups"], stored_as, name, array)
+
+
 HYBRID = {
     "lfm2_moe": Family("lfm2moe", keys=_lfm2),
     "qwen3_5_moe_text": Family(
@@ -105,4 +135,16 @@ HYBRID = {
         exact=False,
     ),
     "qwen3_next": Family("qwen3next", keys=_qwen3_next_keys, turned=_qwen3_next, exact=False),
+    "nemotron_h": Family(
+        "nemotron_h_moe",
+        overrides={
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "chunk_size": 128,  # no file says it
+            "moe_latent_size": 32,
+            "routed_scaling_factor": 2.5,
+        },
+        keys=_nemotron_keys,
+        turned=_nemotron,
+        exact=False,
+    ),
 }

@@ -7,14 +7,20 @@ from typing import Any
 import torch
 
 from moeprune.scoring.gguf.facts import Facts, rope
-from moeprune.scoring.gguf.model import AFTER, SHARED_EXPERT, Model
-from moeprune.scoring.gguf.turns import Made, decay, less_one
+from moeprune.scoring.gguf.model import AFTER, SHARED_EXPERT, UNGATED, Model, feed_forward, shared_expert
+from moeprune.scoring.gguf.turns import Made, decay, decay_of_heads, flat, less_one
 
 
 def _kinds(facts: Facts, leaf: str, there: str, elsewhere: str) -> list[str]:
     """The kind of each layer, by whether it has this tensor."""
     tensors = facts.checkpoint.tensors
     return [there if f"blk.{layer}.{leaf}" in tensors else elsewhere for layer in range(facts.layers)]
+
+
+def _mamba(target: str) -> dict[str, str]:
+    """A layer with a state: Mamba's names."""
+    names = {"in": "in_proj", "conv1d": "conv1d", "dt.bias": "dt_bias", "a": "A_log", "d": "D", "norm": "norm"}
+    return {f"ssm_{leaf}": f"{target}.{name}" for leaf, name in (names | {"out": "out_proj"}).items()}
 
 
 def _lfm2(facts: Facts) -> dict[str, Any]:
@@ -60,6 +66,36 @@ def _of_each_key_head(facts: Facts, parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(of_heads, dim=1).flatten(0, 1)
 
 
+def _nemotron(facts: Facts) -> dict[str, Any]:
+    heads, groups = facts["ssm.time_step_rank"], facts.get("expert_group_count", 1) or 1
+    kinds = (("ssm_a", "linear_attention"), ("attn_q.weight", "full_attention"), ("ffn_gate_inp.weight", "moe"))
+    tensors = facts.checkpoint.tensors
+    return {
+        "layers_block_type": [
+            next((kind for leaf, kind in kinds if f"blk.{layer}.{leaf}" in tensors), "mlp")
+            for layer in range(facts.layers)
+        ],
+        "head_dim": facts.head_dim,
+        "layer_norm_epsilon": facts["attention.layer_norm_rms_epsilon"],
+        "mamba_num_heads": heads,
+        "mamba_head_dim": facts["ssm.inner_size"] // heads,
+        "ssm_state_size": facts["ssm.state_size"],
+        "n_groups": facts["ssm.group_count"],
+        "conv_kernel": facts["ssm.conv_kernel"],
+        "use_conv_bias": facts.has("ssm_conv1d.bias"),
+        "use_bias": facts.has("ssm_in.bias"),
+        "n_routed_experts": facts["expert_count"],
+        "n_shared_experts": facts["expert_shared_count"],
+        "moe_intermediate_size": facts.expert_width,
+        "moe_shared_expert_intermediate_size": facts.shape("ffn_up_shexp.weight")[0],
+        "moe_latent_size": next(iter(facts.shape("ffn_latent_down.weight")), None),
+        "routed_scaling_factor": facts.get("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": bool(facts.get("expert_weights_norm", False)),
+        "n_group": groups,
+        "topk_group": facts.get("expert_group_used_count", groups) or groups,
+    }
+
+
 SHORT_CONVOLUTION = {
     "attn_norm": "operator_norm",
     "ffn_norm": "ffn_norm",
@@ -87,6 +123,22 @@ DELTA = {
 PROJECTED = {"linear_attn.in_proj_qkvz.weight": Made(("attn_qkv.weight", "attn_gate.weight"), _of_each_key_head)}
 NORMS = ("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm")
 
+NEMOTRON = {
+    "token_embd.weight": "model.embeddings.weight",
+    "output_norm.weight": "model.norm_f.weight",
+    "attn_norm": "norm",
+    **{f"attn_{x}": f"mixer.{x}_proj" for x in "qkv"},
+    "attn_output": "mixer.o_proj",
+    **_mamba("mixer"),
+    **feed_forward("mixer"),
+    **shared_expert("mixer.shared_experts"),
+    "ffn_gate_inp": "mixer.gate",
+    "exp_probs_b.bias": "mixer.gate.e_score_correction_bias",
+    "ffn_latent_down": "mixer.fc1_latent_proj",
+    "ffn_latent_up": "mixer.fc2_latent_proj",
+}
+OF_HEADS = {"ssm_a": decay_of_heads, "ssm_d": flat, "ssm_norm.weight": flat}
+
 TABLE = {
     "lfm2moe": Model("lfm2_moe", "Lfm2MoeForCausalLM", _lfm2, SHORT_CONVOLUTION, experts="feed_forward.experts"),
     "qwen3next": Model(
@@ -96,5 +148,14 @@ TABLE = {
         AFTER | SHARED_EXPERT | DELTA,
         turns={f"{norm}.weight": less_one for norm in NORMS} | {"ssm_a": decay},
         made=PROJECTED,
+    ),
+    "nemotron_h_moe": Model(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        _nemotron,
+        NEMOTRON,
+        experts="mixer.experts",
+        stacks=UNGATED,
+        turns=OF_HEADS,
     ),
 }

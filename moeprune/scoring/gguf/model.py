@@ -9,6 +9,9 @@ from typing import Any
 from moeprune.scoring.gguf.facts import Facts
 from moeprune.scoring.gguf.turns import Made, Turn
 
+GATED = {"gate_up": ("gate", "up"), "down": ("down",)}  # stack in memory -> what of each expert it holds
+UNGATED = {"up": ("up",), "down": ("down",)}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -22,6 +25,7 @@ class Model:
     experts: str = "mlp.experts"  # empty where leaves name the stacks
     turns: Mapping[str, Turn] = field(default_factory=dict)  # leaf -> the way back from what was done to it
     made: Mapping[str, Made] = field(default_factory=dict)  # name in memory -> the tensors it is made of
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: GATED)
     permuted: bool = False  # the rows of q and k lie as llama.cpp's rotary embedding wants them
     columns: bool = False  # experts in memory [E, inputs, outputs]
     by_turns: bool = False  # gate and up in memory by turns, an output of each

@@ -135,10 +135,10 @@ class _Part:
                 yield target, self._recipe({leaf: leaf for leaf in made.leaves}, build)
 
     def _experts(self) -> Iterator[tuple[str, Recipe]]:
-        """Gate and up as one stack, and down as another, whichever way they lie on disk."""
+        """The stacks that the model has in memory, whichever way they lie on disk."""
         for ending in ("weight", "bias") if self.model.experts else ():
             target = f"{self.model.experts}.{{}}_proj{'_bias' if ending == 'bias' else ''}"
-            for name, kinds in (("gate_up", ("gate", "up")), ("down", ("down",))):
+            for name, kinds in self.model.stacks.items():
                 whole, apart = f"ffn_{name}_exps.{ending}", {kind: f"ffn_{kind}_exps.{ending}" for kind in kinds}
                 build = partial(_stack, kinds=kinds, model=self.model, experts=self._count())
                 if whole in self.left:
