@@ -14,10 +14,11 @@ from tests.gguf_files.shared import SHARED
 
 def _granite(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
     if name.endswith("input_linear.weight"):
-        gate, up = np.split(array, 2, axis=1)
-        whole = joined(lambda gate, up: {name: np.concatenate((gate, up), axis=1)})
-        yield f"{block(name)}.ffn_gate_exps.weight", gate, whole
-        yield f"{block(name)}.ffn_up_exps.weight", up, whole
+        gate, up = np.split(array, 2, axis=-2)
+        whole = joined(lambda gate, up: {name: np.concatenate((gate, up), axis=-2)})
+        kind = "shexp" if "shared" in name else "exps"
+        yield f"{block(name)}.ffn_gate_{kind}.weight", gate, whole
+        yield f"{block(name)}.ffn_up_{kind}.weight", up, whole
     yield from rotated(config, stored_as, name, array)
 
 
@@ -48,5 +49,10 @@ FAMILIES = {
     "minimax_m2": Family("minimax-m2", keys=sigmoid),
     "olmoe": Family("olmoe", engine={"num_key_value_heads": 4}),
     "granitemoe": Family("granitemoe", turned=_granite),
+    "granitemoeshared": Family(
+        "granitemoe",
+        keys=lambda config: {"expert_shared_feed_forward_length": config["shared_intermediate_size"]},
+        turned=_granite,
+    ),
     **HYBRID,
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tests.gguf_files.family import Config, Family, Written, block
+from tests.gguf_files.family import Config, Family, Written, block, sigmoid
 
 
 def _gemma4_keys(config: Config) -> Config:
@@ -51,6 +51,20 @@ def _gemma4(config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
         yield "rope_freqs.weight", divisors, lambda _: {}
 
 
+def _mimo2_keys(config: Config) -> Config:
+    rope = config["rope_parameters"]
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+    return sigmoid(config) | {
+        "attention.sliding_window_pattern": sliding,
+        "attention.head_count_kv": [config["num_key_value_heads"] * (2 if slides else 1) for slides in sliding],
+        "attention.value_length": config["v_head_dim"],
+        "attention.value_scale": config["attention_value_scale"],
+        "rope.freq_base": rope["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": rope["sliding_attention"]["rope_theta"],
+        "rope.dimension_count": int(config["head_dim"] * rope["full_attention"]["partial_rotary_factor"]),
+    }
+
+
 def _dbrx_keys(config: Config) -> Config:
     attention, experts = config["attn_config"], config["ffn_config"]
     return {
@@ -78,6 +92,17 @@ def _dbrx(config: Config, stored_as: str, name: str, array: np.ndarray) -> Itera
 
 PLAIN = {
     "dbrx": Family("dbrx", keys=_dbrx_keys, turned=_dbrx),
+    "mimo_v2_flash": Family(
+        "mimo2",
+        overrides={
+            "v_head_dim": 8,
+            "rope_parameters": {
+                kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
+                for kind, theta in {"full_attention": 50000.0, "sliding_attention": 10000.0}.items()
+            },
+        },
+        keys=_mimo2_keys,
+    ),
     "gemma4_text": Family(
         "gemma4",
         overrides={

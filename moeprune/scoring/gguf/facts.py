@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -135,6 +135,11 @@ def rope(facts: Facts, **more: Any) -> dict[str, Any]:
         if (factor := facts.get("rope.scaling.yarn_attn_factor")) is not None:
             found["attention_factor"] = factor
     return found
+
+
+def layer_types(slides: Iterable[Any]) -> list[str]:
+    """Which layers attend within a window."""
+    return ["sliding_attention" if each else "full_attention" for each in slides]
 
 
 def rotating_part(facts: Facts) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.errors import InputError
-from moeprune.scoring.gguf.facts import INSTEAD, Facts, rope, rotating_part
+from moeprune.scoring.gguf.facts import INSTEAD, Facts, layer_types, rope, rotating_part
 from moeprune.scoring.gguf.model import AFTER, SHARED_EXPERT, Model
-from moeprune.scoring.gguf.turns import columns_of_all, rows_of_all
+from moeprune.scoring.gguf.turns import Made, columns_of_all, one_after_another, rows_of_all
 
 
 def _qwen2(facts: Facts) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _granite(facts: Facts) -> dict[str, Any]:
         raise InputError(
             f"{facts.file}: its layers know no positions, which this class of transformers does; {INSTEAD}"
         )
-    return {
+    found = {
         "num_local_experts": facts["expert_count"],
         "intermediate_size": facts.expert_width,
         "attention_multiplier": facts.get("attention.scale", facts.head_dim**-0.5),
@@ -79,6 +79,10 @@ def _granite(facts: Facts) -> dict[str, Any]:
         "residual_multiplier": facts.get("residual_scale", 1.0),
         "logits_scaling": facts.get("logit_scale", 1.0),
     }
+    if not (shared := facts.shape("ffn_up_shexp.weight")):
+        return found
+    shared_type = {"model_type": "granitemoeshared", "architectures": ["GraniteMoeSharedForCausalLM"]}
+    return found | shared_type | {"shared_intermediate_size": shared[0]}
 
 
 def _dbrx(facts: Facts) -> dict[str, Any]:
@@ -89,6 +93,33 @@ def _dbrx(facts: Facts) -> dict[str, Any]:
         "attn_config": {"rope_theta": theta, "kv_n_heads": heads, "clip_qkv": facts["attention.clamp_kqv"] or None},
         "ffn_config": {"ffn_hidden_size": width, "moe_num_experts": facts["expert_count"]}
         | {"moe_top_k": facts["expert_used_count"]},
+    }
+
+
+def _mimo2(facts: Facts) -> dict[str, Any]:
+    slides, heads = facts.by_layer("attention.sliding_window_pattern"), facts.by_layer("attention.head_count_kv")
+    few = next((heads[i] for i in range(facts.layers) if not slides[i]), heads[0])
+    if heads != [few * 2 if slides[i] else few for i in range(facts.layers)]:
+        raise InputError(f"{facts.file}: layers with a window have not twice the heads of others; {INSTEAD}")
+    part = facts.get("rope.dimension_count", facts.head_dim) / facts.head_dim
+    theta = {"sliding_attention": facts.get("rope.freq_base_swa", 10000.0), "full_attention": facts["rope.freq_base"]}
+    return {
+        "n_routed_experts": facts["expert_count"],
+        "moe_intermediate_size": facts.expert_width,
+        "routed_scaling_factor": facts.get("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": True,  # as llama.cpp computes it
+        "mlp_layer_types": ["dense" if i in facts.dense else "sparse" for i in range(facts.layers)],
+        "layer_types": layer_types(slides),
+        "num_key_value_heads": few,
+        "head_dim": facts.head_dim,
+        "v_head_dim": facts["attention.value_length"],
+        "attention_value_scale": facts.get("attention.value_scale"),
+        "attention_bias": facts.has("attn_q.bias"),
+        "sliding_window": facts["attention.sliding_window"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": part}
+            for kind, base in theta.items()
+        },
     }
 
 
@@ -118,7 +149,7 @@ def _gemma4(facts: Facts) -> dict[str, Any]:
         },
         "attention_k_eq_v": any(f"blk.{i}.attn_v.weight" not in named for i in full if i < facts.layers - shared),
         "num_kv_shared_layers": shared,
-        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "layer_types": layer_types(sliding),
         "sliding_window": facts["attention.sliding_window"],
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", 10000.0)},
@@ -170,8 +201,10 @@ GEMMA4 = {
     "ffn_gate_inp.scale": "router.scale",
     "ffn_down_exps.scale": "router.per_expert_scale",
 }
-GRANITE = {"ffn_gate_inp": "block_sparse_moe.router"}
-ROUTER = {"ffn_gate_inp": "mlp.router", "attn_sinks.weight": "self_attn.sinks"}
+GRANITE = {"ffn_gate_inp": "block_sparse_moe.router", "ffn_down_shexp": "shared_mlp.output_linear"}
+GRANITE_SHARED = Made(("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), one_after_another)
+SINKS = {"attn_sinks.weight": "self_attn.sinks"}
+ROUTER = {"ffn_gate_inp": "mlp.router"}
 BLOCK_BIAS = {"exp_probs_b.bias": "mlp.e_score_correction_bias"}
 
 TABLE = {
@@ -179,11 +212,17 @@ TABLE = {
     "qwen3moe": Model("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3),
     "qwen3vlmoe": Model("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3),  # for text they are the same
     "llama": Model("mixtral", "MixtralForCausalLM", _mixtral, permuted=True),
-    "gpt-oss": Model("gpt_oss", "GptOssForCausalLM", _gpt_oss, AFTER | ROUTER, columns=True, by_turns=True),
+    "gpt-oss": Model("gpt_oss", "GptOssForCausalLM", _gpt_oss, AFTER | ROUTER | SINKS, columns=True, by_turns=True),
     "minimax-m2": Model("minimax_m2", "MiniMaxM2ForCausalLM", _minimax, BLOCK_BIAS),
     "olmoe": Model("olmoe", "OlmoeForCausalLM", _olmoe),
     "granitemoe": Model(
-        "granitemoe", "GraniteMoeForCausalLM", _granite, GRANITE, experts="block_sparse_moe.experts", permuted=True
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        _granite,
+        GRANITE,
+        experts="block_sparse_moe.experts",
+        made={"shared_mlp.input_linear.weight": GRANITE_SHARED},
+        permuted=True,
     ),
     "dbrx": Model(
         "dbrx",
@@ -194,5 +233,6 @@ TABLE = {
         experts="",
         turns={f"ffn_{x}_exps.weight": rows_of_all for x in ("gate", "up")} | {"ffn_down_exps.weight": columns_of_all},
     ),
+    "mimo2": Model("mimo_v2_flash", "MiMoV2FlashForCausalLM", _mimo2, SINKS),
     "gemma4": Model("gemma4_text", "Gemma4ForCausalLM", _gemma4, GEMMA4, experts="experts"),
 }
