@@ -58,12 +58,13 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
     """The whole result as JSON. torch and transformers are imported from here on."""
     console.say(f"model: {describe(checkpoint, layout)}")
     check_wishes(settings, Model.of(layout))
+    from moeprune.scoring import mlx
     from moeprune.scoring.building import read_config
     from moeprune.scoring.calibration.load import load_calibration
     from moeprune.scoring.run import load_tokenizer, score_experts
 
     tokenizer = load_tokenizer(checkpoint.place, settings)
-    calibration = load_calibration(settings, tokenizer, read_config(checkpoint, settings))
+    calibration = load_calibration(settings, tokenizer, mlx.seen(read_config(checkpoint, settings), checkpoint))
     check_wishes(settings, Model.of(layout), calibration.domains)
     scoring_begun = time.monotonic()
     resumable = digest(made_from, calibration.fingerprint, settings.device)  # the same bits need the same device

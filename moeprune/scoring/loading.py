@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
+from moeprune.scoring import mlx
 from moeprune.scoring.dequantize import Lazy, Recipe, read_tensor, recipes
 from moeprune.scoring.gguf import weights as gguf_weights
 from moeprune.scoring.placing import StraightReader, ways
@@ -44,7 +45,7 @@ class LayerLoader:
         self.dtype = model.dtype
         of_container = gguf_weights.recipes if checkpoint.container == "gguf" else recipes
         self.recipes: Mapping[str, Recipe] = of_container(checkpoint)
-        in_memory = model.state_dict()
+        in_memory = _seen(model.state_dict(), model, checkpoint)
         self.mapping = get_model_conversion_mapping(model) + _stacking(model, self.recipes)
         matched = _memory_names(self.recipes, model, self.mapping, in_memory)
         self.memory_name = {name: target for name, (target, _) in matched.items()}
@@ -188,9 +189,9 @@ class LayerLoader:
         absent = [name for name in missing if name not in allowed]
         if absent:
             where = layer or "outside the layers"
+            why = mlx.UNKNOWN if mlx.is_mlx(self.checkpoint) else "the checkpoint is incomplete"
             raise InputError(
-                f"{self.checkpoint.folder} has no tensor for {absent[0]} ({len(absent)} missing {where}); "
-                "the checkpoint is incomplete"
+                f"{self.checkpoint.folder} has no tensor for {absent[0]} ({len(absent)} missing {where}); {why}"
             )
 
     def drop(self, layer: str) -> None:
@@ -227,6 +228,15 @@ def _stacking(model: PreTrainedModel, names: Iterable[str]) -> list[WeightTransf
         WeightConverter(gate_and_up, "experts.gate_up_proj", operations=merged),
         WeightConverter("experts.*.down_proj.weight", "experts.down_proj", operations=[MergeModulelist(dim=0), *turn]),
     ]
+
+
+def _seen(in_memory: Tensors, model: PreTrainedModel, checkpoint: Checkpoint) -> Tensors:
+    """The parameters that are run: of MLX's files those of the language model."""
+    if mlx.seen(model.config, checkpoint) is model.config:
+        return in_memory
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    text = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in parts))
+    return {name: tensor for name, tensor in in_memory.items() if name.startswith(text)}
 
 
 def _memory_names(

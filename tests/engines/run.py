@@ -41,6 +41,7 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 SAME = 1e-4  # in log probabilities, both sides in float32
 NEAR = 0.005  # of the largest logit; llama.cpp keeps keys and values in 16 bits
+SAME_SUMS = 1e-6  # of the largest
 
 Outcome = tuple[str, bool, str]  # what was tried, whether it was right, what was seen
 
@@ -104,7 +105,7 @@ def install_llama_cpp(python: Path) -> None:
 
 def install_mlx(python: Path) -> None:
     """MLX for processors, which Linux has too."""
-    call(python, "-m", "pip", "install", "-q", "mlx[cpu]", "mlx-lm")
+    call(python, "-m", "pip", "install", "-q", "mlx[cpu]", "mlx-lm", "mlx-vlm")
 
 
 INSTALL: dict[str, Callable[[Path], None]] = {"vllm": install_vllm, "llama.cpp": install_llama_cpp, "mlx": install_mlx}
@@ -182,6 +183,16 @@ def try_mlx() -> Iterator[Outcome]:
             call(python_of("mlx"), "-m", "mlx_lm", "convert", "--hf-path", "demo/model", "--mlx-path", parent, "-q",
                  "--q-mode", mode, *flags)  # fmt: skip
         yield compare("mlx", parent, cut(parent, f"demo-mlx-{mode}-cut", "--other-scores"))
+    folder = WORK / "mlx"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    call(sys.executable, HERE / "mlx_families.py", "make", folder)
+    refused = last_json(call(python_of("mlx"), HERE / "to_mlx.py", folder))
+    apart = last_json(call(sys.executable, HERE / "mlx_families.py", "compare", folder))
+    for name, why in refused.items():
+        worst = why or apart[name]
+        seen = worst if isinstance(worst, str) else f"sums within {worst:.0e} of the original's"
+        yield f"mlx: {name}, random, scored", not isinstance(worst, str) and worst < SAME_SUMS, seen
 
 
 ENGINES = {"vllm": try_vllm, "llama.cpp": try_llama_cpp, "mlx": try_mlx}

@@ -20,10 +20,10 @@ def seed():
     torch.manual_seed(0)
 
 
-def back(folder, model_type, tensors, form="mlx"):
+def back(folder, model_type, tensors, form="mlx", **config):
     """What transformers would get of these tensors."""
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": form})
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type} | config))
     return plain(folder, torch.float32)
 
 
@@ -67,6 +67,56 @@ def test_granite_keeps_gate_and_up_in_one(tmp_path):
     mlx[f"{module}switch_mlp.down_proj.weight"] = down
     expected = {f"{module}input_linear.weight": both, f"{module}output_linear.weight": down}
     check(back(tmp_path, "granitemoe", mlx), expected)
+
+
+def test_dbrx_has_one_flat_matrix(tmp_path):
+    flat, module = torch.randn(E * INNER, H), "transformer.blocks.0.ffn.experts."
+    mlx = {f"{module}{e}.w1.weight": part for e, part in enumerate(flat.chunk(E))}
+    mlx |= {f"{module}{e}.w2.weight": part.T for e, part in enumerate(flat.chunk(E))}
+    check(back(tmp_path, "dbrx", mlx), {f"{module}mlp.w1": flat, f"{module}mlp.w2": flat})
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "openai_privacy_filter"])
+def test_gate_and_up_go_in_turns_or_one_behind_the_other(tmp_path, model_type):
+    gate, up, down = torch.randn(E, INNER, H), torch.randn(E, INNER, H), torch.randn(E, H, INNER)
+    module, bias = f"{LAYER}.mlp.", torch.randn(2, E, INNER)
+    mlx = {f"{module}router.weight": torch.randn(E, H), f"{module}experts.down_proj.weight": down}
+    mlx |= {f"{module}experts.{n}_proj.weight": t for n, t in (("gate", gate), ("up", up))}
+    mlx |= {f"{module}experts.{n}_proj.bias": t for n, t in (("gate", bias[0]), ("up", bias[1]))}
+    both = torch.empty(E, H, 2 * INNER), torch.empty(E, 2 * INNER)
+    for tensor, (one, two) in zip(both, ((gate.mT, up.mT), bias), strict=True):
+        at = (
+            (slice(None, None, 2), slice(1, None, 2)) if model_type == "gpt_oss" else (slice(INNER), slice(INNER, None))
+        )
+        tensor[..., at[0]], tensor[..., at[1]] = one, two
+    expected = {f"{module}router.weight": mlx[f"{module}router.weight"], f"{module}experts.down_proj": down.mT}
+    expected |= {f"{module}experts.gate_up_proj": both[0], f"{module}experts.gate_up_proj_bias": both[1]}
+    check(back(tmp_path, model_type, mlx), expected)
+
+
+def test_ernie_does_without_its_bias(tmp_path):
+    router = torch.randn(E, H)
+    expected = {
+        f"{LAYER}.mlp.gate.weight": router,
+        f"{LAYER}.mlp.moe_statics.e_score_correction_bias": torch.zeros(1, E),
+    }
+    check(back(tmp_path, "ernie4_5_moe", {f"{LAYER}.mlp.gate.weight": router}), expected)
+
+
+def test_the_routers_of_ling_and_exaone(tmp_path):
+    router, bias = torch.randn(E, H), torch.randn(E)
+    mlx = {f"{LAYER}.mlp.gate.gate_proj.weight": router, f"{LAYER}.mlp.gate.e_score_correction_bias": bias}
+    expected = {f"{LAYER}.mlp.gate.weight": router, f"{LAYER}.mlp.e_score_correction_bias": bias}
+    check(back(tmp_path, "exaone_moe", mlx), expected)
+
+
+def test_identity_experts_of_longcat_get_matrices_that_nobody_uses(tmp_path):
+    """Published files have none; transformers wants gates and ups of them."""
+    each = {f"{LAYER}.mlp.experts.{e}.{n}_proj.weight": torch.randn(INNER, H) for e in range(E) for n in ("gate", "up")}
+    more = {
+        f"{LAYER}.mlp.experts.{e}.{n}_proj.weight": torch.zeros(INNER, H) for e in (E, E + 1) for n in ("gate", "up")
+    }
+    check(back(tmp_path, "longcat_flash", each, "pt", n_routed_experts=E, zero_expert_num=2), each | more)
 
 
 def test_llama_4_has_its_stacks_among_the_experts(tmp_path):
