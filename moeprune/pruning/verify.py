@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moeprune.arrays import NDArray, np
 from moeprune.errors import ResultError
 from moeprune.pruning import evidence, four_bit
-from moeprune.pruning.evidence import File, Reader, Stored
+from moeprune.pruning.evidence import File, Pair, Reader, Stored
 
 VISION = ".vision"  # the block of image experts that share a layer with those for text
 MTP_KEYS = re.compile(r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers|num_mtp_modules")
@@ -33,8 +33,6 @@ OURS = {"pruning.json", "reap_metadata.json", "model.safetensors.index.json"}
 
 
 Part = dict[str, Stored]
-Pair = tuple[str, Stored, Stored]  # name, before, after
-RUN = 16 << 20  # bytes compared between two looks at whether other work has failed
 
 
 class Verification:
@@ -50,11 +48,13 @@ class Verification:
         self.files_after: dict[Path, File] = {}  # those that `read` has seen
         self.config, self.before = self._read_parent()
         self.count = len(next(iter(keep.values())))
+        self.places = {block: {old: new for new, old in enumerate(ids)} for block, ids in keep.items()}
         self.block_of = {name: self._block_of(name) for name in self.before if name not in self.gone}
-        self.experts = {block: self._experts_of(block) for block in keep}
-        self.kinds = {block: self._kinds_of(block) for block in keep}
-        self.four_bit = {name: m for name in self.before if (m := self._quantized_router(name))}
-        self.origin = dict(filter(None, map(self._destination, self.block_of)))
+        self.experts = self._experts()
+        self.four_bit: dict[str, str] = {}  # companions of routers that bitsandbytes has quantized -> the matrix
+        self.origin: dict[str, str] = {}  # name in the result -> name before
+        for name, block in self.block_of.items():
+            self._trace(name, block)
 
     def _read_parent(self) -> tuple[dict[str, Any], dict[str, Stored]]:
         self.files_before = [evidence.header_of(path) for path in evidence.weight_files(self.parent)]
@@ -65,55 +65,59 @@ class Verification:
 
     def _block_of(self, name: str) -> str:
         block = ""
+        parts = name.split(".", self.depths[0])
         for depth in self.depths:
-            start = ".".join(name.split(".", depth)[:depth])
+            start = ".".join(parts[:depth])
             if start in self.keep:
                 block = start
                 break
         return block + VISION if name.endswith("weight_1") and block + VISION in self.keep else block
 
-    def _quantized_router(self, name: str) -> str:
-        """The router's matrix that a tensor of bitsandbytes accompanies, or nothing."""
-        matrix = four_bit.matrix_of(name, self.before) if self.block_of.get(name) else ""
-        router = ROUTER_WORDS & set(matrix.split(".")) and "shared" not in matrix
-        return matrix if router and evidence.expert_number(matrix, self.block_of[name]) is None else ""
-
-    def _experts_of(self, block: str) -> int:
-        """The number of experts before, as the config says; of several statements the one that the names bear out."""
+    def _experts(self) -> dict[str, int]:
+        """The experts of each block before, as the config says; of several counts the one that the names bear out."""
         said = set(evidence.counts_in(self.config))
         if len(said) == 1:
-            return said.pop()
-        names = [name for name, owner in self.block_of.items() if owner == block]
-        numbered = {found[1] for name in names if (found := evidence.expert_number(name, block))}
-        lengths = {length for name in names for length in self.before[name].shape}
-        named = {len(numbered), len(numbered) // 2} if numbered else lengths
-        return max(said & named, default=max(self.keep[block]) + 1)
+            return dict.fromkeys(self.keep, said.pop())
+        numbers: dict[str, set[str]] = {block: set() for block in self.keep}
+        lengths: dict[str, set[int]] = {block: set() for block in self.keep}
+        for name, block in self.block_of.items():
+            if block:
+                lengths[block].update(self.before[name].shape)
+                if found := evidence.expert_in(name, block):
+                    numbers[block].add(found["number"])
+        named = {b: {len(ids), len(ids) // 2} if (ids := numbers[b]) else lengths[b] for b in self.keep}
+        return {block: max(said & named[block], default=max(self.keep[block]) + 1) for block in self.keep}
 
-    def _destination(self, name: str) -> tuple[str, str] | None:
-        """(name in the result, name before), or None for a tensor that leaves with its expert."""
-        block = self.block_of[name]
-        if name in self.four_bit and ".nested_" in name:  # its scales are written out
-            return None
-        found = evidence.expert_number(name, block) if block else None
+    def _trace(self, name: str, block: str) -> None:
+        """Note what becomes of a tensor, unless it leaves with its expert."""
+        found = evidence.expert_in(name, block) if block else None
         if found is None:
-            return name, name
-        place, number = found
-        new = self._new_number(block, number, shared=name.split(".")[place - 1] == "chunk_experts")
-        return None if new is None else (evidence.renumbered(name, place, new), name)
+            matrix = self._quantized_router(name) if block else ""
+            if matrix:
+                self.four_bit[name] = matrix
+            if not matrix or ".nested_" not in name:  # its scales are written out
+                self.origin[name] = name
+            return
+        new = self._new_number(block, int(found["number"]), shared=found["word"] == "chunk_experts")
+        if new is not None:
+            self.origin[f"{name[: found.start('number')]}{new}{name[found.end('number') :]}"] = name
+
+    def _quantized_router(self, name: str) -> str:
+        """The router's matrix that a tensor of bitsandbytes accompanies, or nothing."""
+        matrix = four_bit.matrix_of(name, self.before)
+        return matrix if ROUTER_WORDS & set(matrix.split(".")) and "shared" not in matrix else ""
 
     def _new_number(self, block: str, number: int, shared: bool) -> int | None:
-        keep, experts = self.keep[block], self.experts[block]
+        """The number of an expert in the result. Text and image experts are numbered one behind the other."""
+        places, experts = self.places[block], self.experts[block]
         if shared:  # two neighbours share one
-            return keep.index(2 * number) // 2 if 2 * number in keep else None
-        if number >= experts * self.kinds[block]:
-            return number - experts + len(keep)  # behind all experts, and always there
+            return places[2 * number] // 2 if 2 * number in places else None
+        kinds = [block, block + VISION] if block + VISION in self.keep else [block]
         kind, old = divmod(number, experts)
-        keep = self.keep[block + VISION] if kind else keep
-        return keep.index(old) + kind * len(keep) if old in keep else None
-
-    def _kinds_of(self, block: str) -> int:
-        """2 where text and image experts are numbered one behind the other, else 1."""
-        return 2 if block + VISION in self.keep else 1
+        if kind >= len(kinds):
+            return number - experts + len(places)  # behind all experts, and always there
+        new = self.places[kinds[kind]].get(old)
+        return None if new is None else new + kind * len(places)
 
     def file(self, path: Path, go_on: Callable[[], None]) -> None:
         """Compare one finished file of the result with the parent; `go_on` may raise to end it early."""
@@ -150,7 +154,7 @@ class Verification:
                     _check_table(name, _table(reader, before), _table(reader, after), self.keep[block])
                 else:
                     same.append((name, before, after))
-            for run in _neighbours(same):
+            for run in evidence.neighbours(same):
                 go_on()
                 _check_same(reader, run)
 
@@ -222,15 +226,17 @@ class Verification:
     def _check_blocks(self, after: Mapping[str, Stored]) -> None:
         """Blocks that are built alike must be cut alike, and none may keep a router of the old size."""
         cut: dict[str, set[str]] = {block: set() for block in self.keep}
-        built: dict[str, set[str]] = {block: set() for block in self.keep}
+        built: dict[str, set[tuple[str, tuple[int, ...]]]] = {block: set() for block in self.keep}
+        starred: dict[str, str] = {}  # name within the block -> without numbers; the same in all blocks
         for name, old in self.origin.items():
-            block = self.block_of[old]
-            if block:
-                suffix = re.sub(r"(?<=\.)(expert_)?\d+(?=\.)", "*", name[len(block) :])
-                built[block].add(f"{suffix} {self.before[old].shape}")
-                if after[name].shape != self.before[old].shape:
-                    cut[block].add(suffix)
-                elif self._looks_uncut(block, suffix, after[name].shape):
+            if block := self.block_of[old]:
+                local, shape = name[len(block) :], self.before[old].shape
+                if local not in starred:
+                    starred[local] = re.sub(r"(?<=\.)(expert_)?\d+(?=\.)", "*", local)
+                built[block].add((starred[local], shape))
+                if after[name].shape != shape:
+                    cut[block].add(starred[local])
+                elif shape[:1] == (self.experts[block],) and self._looks_uncut(block, starred[local]):
                     raise ResultError(f"{name} still has the size for {self.experts[block]} experts")
         alike = {frozenset(built[block]): block for block in self.keep}
         for block in self.keep:
@@ -240,12 +246,13 @@ class Verification:
             if not cut[block] and self.experts[block] > self.count:
                 raise ResultError(f"nothing of {block} was cut, not even its router")
 
-    def _looks_uncut(self, block: str, suffix: str, shape: tuple[int, ...]) -> bool:
+    def _looks_uncut(self, block: str, suffix: str) -> bool:
+        """Whether a tensor that has kept its E rows should have lost some."""
         words = set(suffix.split("."))
         of_experts = words & (ROUTER_WORDS | evidence.NUMBERED) and "*" not in words and "shared" not in suffix
         if suffix.endswith(".quant_map"):  # the 16 values that four bits can mean
             return False
-        return bool(of_experts) and self.count < self.experts[block] and shape[:1] == (self.experts[block],)
+        return bool(of_experts) and self.count < self.experts[block]
 
     def _check_index(self, after: Mapping[str, Stored]) -> None:
         path = self.child / "model.safetensors.index.json"
@@ -256,10 +263,12 @@ class Verification:
         index = evidence.load(path)
         listed = index["weight_map"]
         named = set(listed.values())
-        wrong = [name for name, file in listed.items() if name not in after or after[name].file.name != file]
-        wrong += [name for name, tensor in after.items() if tensor.file.name in named and name not in listed]
-        if wrong:
-            raise ResultError(f"the index of the result is wrong about {wrong[0]}")
+        right = {
+            name: path.name for path, file in self.files_after.items() if path.name in named for name in file.tensors
+        }
+        if listed != right:
+            wrong = min(name for name, _ in listed.items() ^ right.items())
+            raise ResultError(f"the index of the result is wrong about {wrong}")
         if index["metadata"]["total_size"] != sum(after[name].nbytes for name in listed):
             raise ResultError("the index of the result states a wrong total_size")
 
@@ -300,28 +309,11 @@ class Verification:
                 raise ResultError(f"{path.name} of the result still says {key} = {value}")
 
 
-def _neighbours(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Runs of tensors that follow each other without a gap, before and after; none longer than RUN."""
-    run: list[Pair] = []
-    length = 0
-    for pair in pairs:
-        if run and not (length < RUN and _touch(run[-1], pair)):
-            yield run
-            run, length = [], 0
-        run.append(pair)
-        length += pair[2].nbytes
-    if run:
-        yield run
-
-
-def _touch(one: Pair, other: Pair) -> bool:
-    return one[1].end == other[1].start and one[2].end == other[2].start and one[1].file == other[1].file
-
-
 def _check_same(reader: Reader, run: Sequence[Pair]) -> None:
     """All bytes of the run must be the same."""
-    length = sum(after.nbytes for _, _, after in run)
-    if not reader.equal(run[0][1], [(0, length)], run[0][2], length):
+    (_, before, after), (_, _, last) = run[0], run[-1]
+    length = last.end - after.start
+    if not reader.equal(before, [(0, length)], after, length):
         wrong = next(
             name for name, before, after in run if not reader.equal(before, [(0, before.nbytes)], after, after.nbytes)
         )
