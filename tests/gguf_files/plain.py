@@ -65,6 +65,29 @@ def _mimo2_keys(config: Config) -> Config:
     }
 
 
+def _cohere2_keys(config: Config) -> Config:
+    return sigmoid(config) | {
+        "feed_forward_length": config["prefix_dense_intermediate_size"],
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+        "attention.layer_norm_epsilon": config["layer_norm_eps"],
+        "expert_shared_count": config["num_shared_experts"],
+        "expert_shared_feed_forward_length": config["intermediate_size"] * config["num_shared_experts"],
+        "logit_scale": config["logit_scale"],
+    }
+
+
+def _mellum_keys(config: Config) -> Config:
+    rope = config["rope_parameters"]
+    return {
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+        "rope.freq_base": rope["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": rope["sliding_attention"]["rope_theta"],
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": YARN["factor"],
+        "rope.scaling.original_context_length": YARN["original_max_position_embeddings"],
+    }
+
+
 def _dbrx_keys(config: Config) -> Config:
     attention, experts = config["attn_config"], config["ffn_config"]
     return {
@@ -90,6 +113,7 @@ def _dbrx(config: Config, stored_as: str, name: str, array: np.ndarray) -> Itera
         yield f"{stored_as}.weight", each, lambda value: {name: value.reshape(array.shape)}
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 PLAIN = {
     "dbrx": Family("dbrx", keys=_dbrx_keys, turned=_dbrx),
     "mimo_v2_flash": Family(
@@ -102,6 +126,29 @@ PLAIN = {
             },
         },
         keys=_mimo2_keys,
+    ),
+    "cohere2_moe": Family(
+        "cohere2moe",
+        overrides={
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "prefix_dense_intermediate_size": 96,
+            "expert_selection_fn": "sigmoid",
+        },
+        keys=_cohere2_keys,
+        named_as="deepseek2",
+    ),
+    "mellum": Family(
+        "mellum",
+        overrides={
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50000.0},
+            },
+        },
+        keys=_mellum_keys,
+        named_as="qwen3moe",
     ),
     "gemma4_text": Family(
         "gemma4",

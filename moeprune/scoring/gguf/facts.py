@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 
 INSTEAD = "score the original model and cut this file with those scores (./run.sh prune --other-scores)"
+SIGMOID = 2  # expert_gating_func
 BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
@@ -137,9 +138,11 @@ def rope(facts: Facts, **more: Any) -> dict[str, Any]:
     return found
 
 
-def layer_types(slides: Iterable[Any]) -> list[str]:
-    """Which layers attend within a window."""
-    return ["sliding_attention" if each else "full_attention" for each in slides]
+def layer_types(facts: Facts) -> list[str]:
+    """Which layers attend within a window; a file that gives a period and no list may count it in several ways."""
+    if not facts.each(key := "attention.sliding_window_pattern"):
+        raise InputError(f"{facts.file} has no list {facts.architecture}.{key}; {INSTEAD}")
+    return ["sliding_attention" if slides else "full_attention" for slides in facts.by_layer(key)]
 
 
 def rotating_part(facts: Facts) -> dict[str, Any]:

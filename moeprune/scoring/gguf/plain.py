@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.errors import InputError
-from moeprune.scoring.gguf.facts import INSTEAD, Facts, layer_types, rope, rotating_part
+from moeprune.scoring.gguf.facts import INSTEAD, SIGMOID, Facts, layer_types, rope, rotating_part
 from moeprune.scoring.gguf.model import AFTER, SHARED_EXPERT, Model
 from moeprune.scoring.gguf.turns import Made, columns_of_all, one_after_another, rows_of_all
 
@@ -97,9 +97,9 @@ def _dbrx(facts: Facts) -> dict[str, Any]:
 
 
 def _mimo2(facts: Facts) -> dict[str, Any]:
-    slides, heads = facts.by_layer("attention.sliding_window_pattern"), facts.by_layer("attention.head_count_kv")
-    few = next((heads[i] for i in range(facts.layers) if not slides[i]), heads[0])
-    if heads != [few * 2 if slides[i] else few for i in range(facts.layers)]:
+    kinds, heads = layer_types(facts), facts.by_layer("attention.head_count_kv")
+    few = dict(zip(kinds, heads, strict=True)).get("full_attention", heads[0])
+    if heads != [few if kind == "full_attention" else few * 2 for kind in kinds]:
         raise InputError(f"{facts.file}: layers with a window have not twice the heads of others; {INSTEAD}")
     part = facts.get("rope.dimension_count", facts.head_dim) / facts.head_dim
     theta = {"sliding_attention": facts.get("rope.freq_base_swa", 10000.0), "full_attention": facts["rope.freq_base"]}
@@ -109,7 +109,7 @@ def _mimo2(facts: Facts) -> dict[str, Any]:
         "routed_scaling_factor": facts.get("expert_weights_scale", 1.0) or 1.0,
         "norm_topk_prob": True,  # as llama.cpp computes it
         "mlp_layer_types": ["dense" if i in facts.dense else "sparse" for i in range(facts.layers)],
-        "layer_types": layer_types(slides),
+        "layer_types": kinds,
         "num_key_value_heads": few,
         "head_dim": facts.head_dim,
         "v_head_dim": facts["attention.value_length"],
@@ -123,15 +123,58 @@ def _mimo2(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _cohere2(facts: Facts) -> dict[str, Any]:
+    """Dense layers in front turn queries and keys whether they have a window or not."""
+    sigmoid = facts.get("expert_gating_func", SIGMOID) == SIGMOID
+    normed = bool(facts.get("expert_weights_norm", False))
+    if not (sigmoid or normed) or facts.get("expert_weights_scale", 1.0) not in (0.0, 1.0):
+        raise InputError(f"{facts.file}: its router weighs experts as transformers does not; {INSTEAD}")
+    return {
+        "num_experts": facts["expert_count"],
+        "intermediate_size": facts.expert_width,
+        "prefix_dense_intermediate_size": next(iter(facts.shape("ffn_up.weight")), None),
+        "mlp_layer_types": ["sparse" if i >= facts.leading_dense else "dense" for i in range(facts.layers)],
+        "layer_types": layer_types(facts),
+        "head_dim": facts.head_dim,
+        "sliding_window": facts["attention.sliding_window"],
+        "num_shared_experts": facts.get("expert_shared_count", 0),
+        "expert_selection_fn": "sigmoid" if sigmoid else "softmax",
+        "norm_topk_prob": normed,
+        "logit_scale": facts["logit_scale"],
+        "layer_norm_eps": facts.get("attention.layer_norm_epsilon"),
+        "rms_norm_eps": facts.get("attention.layer_norm_rms_epsilon"),
+        "attention_bias": facts.has("attn_q.bias"),
+    }
+
+
+def _mellum(facts: Facts) -> dict[str, Any]:
+    theta = facts["rope.freq_base"]
+    if facts.get("rope.freq_base_swa", theta) != theta:
+        raise InputError(f"{facts.file}: rotations of two bases, of which llama.cpp computes one only; {INSTEAD}")
+    return {
+        "num_experts": facts["expert_count"],
+        "moe_intermediate_size": facts.expert_width,
+        "head_dim": facts.head_dim,
+        "norm_topk_prob": True,  # as llama.cpp computes it
+        "layer_types": layer_types(facts),
+        "sliding_window": facts["attention.sliding_window"],
+        "attention_bias": facts.has("attn_q.bias"),
+        "rope_parameters": {
+            "full_attention": rope(facts),
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+        },
+    }
+
+
 def _gemma4(facts: Facts) -> dict[str, Any]:
     """Keys and values of the last layers are those of earlier ones; full attention has heads of its own size."""
-    sliding, heads = facts.by_layer("attention.sliding_window_pattern"), facts.by_layer("attention.head_count_kv")
-    if sliding[-1]:
+    kinds, heads = layer_types(facts), facts.by_layer("attention.head_count_kv")
+    if kinds[-1] != "full_attention":
         raise InputError(
             f"{facts.file}: its last layer attends within a window, which transformers cannot do; {INSTEAD}"
         )
-    full = [i for i in range(facts.layers) if not sliding[i]]
-    few = next((heads[i] for i in range(facts.layers) if sliding[i]), heads[0])
+    full = [i for i in range(facts.layers) if kinds[i] == "full_attention"]
+    few = dict(zip(kinds, heads, strict=True)).get("sliding_attention", heads[0])
     widths, shared = facts.by_layer("feed_forward_length"), int(facts.get("attention.shared_kv_layers", 0))
     named = facts.checkpoint.tensors
     return {
@@ -149,7 +192,7 @@ def _gemma4(facts: Facts) -> dict[str, Any]:
         },
         "attention_k_eq_v": any(f"blk.{i}.attn_v.weight" not in named for i in full if i < facts.layers - shared),
         "num_kv_shared_layers": shared,
-        "layer_types": layer_types(sliding),
+        "layer_types": kinds,
         "sliding_window": facts["attention.sliding_window"],
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", 10000.0)},
@@ -234,5 +277,7 @@ TABLE = {
         turns={f"ffn_{x}_exps.weight": rows_of_all for x in ("gate", "up")} | {"ffn_down_exps.weight": columns_of_all},
     ),
     "mimo2": Model("mimo_v2_flash", "MiMoV2FlashForCausalLM", _mimo2, SINKS),
+    "cohere2moe": Model("cohere2_moe", "Cohere2MoeForCausalLM", _cohere2),
+    "mellum": Model("mellum", "MellumForCausalLM", _mellum),
     "gemma4": Model("gemma4_text", "Gemma4ForCausalLM", _gemma4, GEMMA4, experts="experts"),
 }
