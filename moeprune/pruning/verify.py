@@ -15,7 +15,7 @@ from typing import Any
 from moeprune.arrays import NDArray, np
 from moeprune.errors import ResultError
 from moeprune.pruning import evidence, four_bit
-from moeprune.pruning.evidence import File, Pair, Reader, Stored
+from moeprune.pruning.evidence import File, Reader, Stored
 
 VISION = ".vision"  # the block of image experts that share a layer with those for text
 MTP_KEYS = re.compile(r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_layers|num_mtp_modules")
@@ -138,7 +138,7 @@ class Verification:
 
     def compare(self, part: Part, go_on: Callable[[], None]) -> None:
         """Compare tensors of the result with the parent's bytes; those that are neighbours in both as one."""
-        same: list[Pair] = []
+        same: list[evidence.Pair] = []
         with Reader() as reader:
             for name, after in part.items():
                 old = self.origin[name]
@@ -309,7 +309,7 @@ class Verification:
                 raise ResultError(f"{path.name} of the result still says {key} = {value}")
 
 
-def _check_same(reader: Reader, run: Sequence[Pair]) -> None:
+def _check_same(reader: Reader, run: Sequence[evidence.Pair]) -> None:
     """All bytes of the run must be the same."""
     (_, before, after), (_, _, last) = run[0], run[-1]
     length = last.end - after.start
