@@ -51,11 +51,15 @@ KEYS = {  # GGUF key -> config keys, the first that is there counts
     "ssm.group_count": ("linear_num_key_heads",),
     "ssm.time_step_rank": ("linear_num_value_heads",),
 }
-OTHER_WORDS = {  # DBRX
+OTHER_WORDS = {  # DBRX, Kimi Linear
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "d_model": "hidden_size",
     "max_seq_len": "max_position_embeddings",
+    "model_max_length": "max_position_embeddings",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_expert_group": "n_group",
+    "moe_renormalize": "norm_topk_prob",
 }
 EXPERT = re.compile(r"(?P<stem>.*experts)\.(?P<id>\d+)\.(?P<rest>.+)")
 
@@ -220,6 +224,7 @@ EXPERT_WORDS = {"1": "gate", "2": "down", "3": "up"}
 def _named(names: gguf.TensorNameMap, name: str) -> str:
     """The name in the file, empty where gguf's tables do not know it."""
     name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("dt_bias", "dt_proj.bias")
+    name = re.sub(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj", name)  # a dense layer of Kimi Linear
     name = re.sub(r"feed_forward\.experts\.w(\d)", lambda m: f"mlp.experts.{EXPERT_WORDS[m[1]]}_proj", name)
     name = re.sub(r"backbone(\.layers\.\d+)\.mixer\.experts", r"model\1.mlp.experts", name)
     name = re.sub(r"expert_bias$", "expert_bias.bias", name)

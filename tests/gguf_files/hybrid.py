@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tests.gguf_files.family import Arrays, Config, Family, Written, block, joined, sigmoid
+from tests.gguf_files.shared import SHARED, latent
 
 
 def _lfm2(config: Config) -> Config:
@@ -35,10 +36,15 @@ def _shifted(stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
         yield stored_as, array + np.float32(1), lambda value: {name: value - np.float32(1)}
 
 
+def _logarithm(value: np.ndarray) -> np.ndarray:
+    """In 64 bits, so that every library has the same."""
+    return np.log(value.astype(np.float64)).astype(np.float32)
+
+
 def _decayed(stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
     """A_log as -exp."""
     if name.endswith("A_log"):
-        yield stored_as, -np.exp(array), lambda value: {name: np.log(-value)}
+        yield stored_as, -np.exp(array), lambda value: {name: _logarithm(-value)}
 
 
 def _qwen3_next(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
@@ -108,13 +114,27 @@ def _mamba(groups: int, stored_as: str, name: str, array: np.ndarray) -> Iterato
     column, log = (-1, 1), name.endswith("A_log")
     if log or name.endswith(".D"):
         turned = (-np.exp(array) if log else array).reshape(column)
-        yield stored_as, turned, lambda value: {name: (np.log(-value) if log else value).reshape(array.shape)}
+        yield stored_as, turned, lambda value: {name: (_logarithm(-value) if log else value).reshape(array.shape)}
     elif stored_as.endswith("ssm_norm.weight"):
         yield stored_as, array.reshape(groups, -1), lambda value: {name: value.reshape(array.shape)}
 
 
 def _nemotron(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
     yield from _mamba(config["n_groups"], stored_as, name, array)
+
+
+def _kimi_keys(config: Config) -> Config:
+    attends = [int(kind == "full_attention") for kind in config["layer_types"]]
+    own = {"kda.head_dim": config["linear_head_dim"], "attention.head_count_kv": attends}
+    return latent(config) | sigmoid(config) | own
+
+
+def _kimi(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Four axes for the convolutions and the decay."""
+    yield from SHARED["deepseek_v3"].turned(config, stored_as, name, array)
+    yield from _decayed(stored_as, name, array)
+    if "conv1d" in name:
+        yield stored_as, array.reshape(1, len(array), 1, -1), lambda value: {name: value.reshape(array.shape)}
 
 
 HYBRID = {
@@ -134,7 +154,10 @@ HYBRID = {
         turned=_qwen35,
         exact=False,
     ),
-    "qwen3_next": Family("qwen3next", keys=_qwen3_next_keys, turned=_qwen3_next, exact=False),
+    "qwen3_next": Family("qwen3next", keys=_qwen3_next_keys, turned=_qwen3_next),
+    "kimi_linear": Family(  # llama.cpp adds another epsilon to the lengths of queries and keys, which short ones show
+        "kimi-linear", engine={"initializer_range": 0.1}, keys=_kimi_keys, turned=_kimi
+    ),
     "nemotron_h": Family(
         "nemotron_h_moe",
         overrides={
@@ -145,6 +168,5 @@ HYBRID = {
         },
         keys=_nemotron_keys,
         turned=_nemotron,
-        exact=False,
     ),
 }

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 
 from moeprune.scoring.gguf.facts import Facts, rope
-from moeprune.scoring.gguf.model import AFTER, SHARED_EXPERT, UNGATED, Model, feed_forward, shared_expert
-from moeprune.scoring.gguf.turns import Made, decay, decay_of_heads, flat, less_one
+from moeprune.scoring.gguf.model import AFTER, LATENT, SHARED_EXPERT, UNGATED, Model, feed_forward, shared_expert
+from moeprune.scoring.gguf.turns import (
+    Made,
+    decay,
+    decay_in_grid,
+    decay_of_heads,
+    flat,
+    kernel,
+    less_one,
+    one_after_another,
+)
 
 
 def _kinds(facts: Facts, leaf: str, there: str, elsewhere: str) -> list[str]:
@@ -96,6 +105,34 @@ def _nemotron(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _kimi(facts: Facts) -> dict[str, Any]:
+    rotary, heads, groups = (
+        facts["rope.dimension_count"],
+        facts["attention.head_count"],
+        facts.get("expert_group_count", 1),
+    )
+    return {
+        "num_key_value_heads": heads,
+        "num_experts": facts["expert_count"],
+        "num_shared_experts": facts["expert_shared_count"],
+        "moe_intermediate_size": facts.expert_width,
+        "mlp_layer_types": ["dense" if layer in facts.dense else "sparse" for layer in range(facts.layers)],
+        "layer_types": _kinds(facts, "ssm_a", "linear_attention", "full_attention"),
+        "routed_scaling_factor": facts.get("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": True,  # as llama.cpp computes it
+        "n_group": groups,
+        "topk_group": facts.get("expert_group_used_count", groups),
+        "q_lora_rank": facts.get("attention.q_lora_rank") or None,
+        "kv_lora_rank": facts["attention.kv_lora_rank"],
+        "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": facts["attention.key_length_mla"] - rotary,
+        "v_head_dim": facts["attention.value_length_mla"],
+        "linear_head_dim": facts["kda.head_dim"],
+        "linear_num_heads": heads,
+        "linear_conv_kernel_dim": facts["ssm.conv_kernel"],
+    }
+
+
 SHORT_CONVOLUTION = {
     "attn_norm": "operator_norm",
     "ffn_norm": "ffn_norm",
@@ -139,6 +176,16 @@ NEMOTRON = {
 }
 OF_HEADS = {"ssm_a": decay_of_heads, "ssm_d": flat, "ssm_norm.weight": flat}
 
+FORGETTING = LATENT | {
+    "ssm_a": "self_attn.forget_gate.A_log",
+    "ssm_dt.bias": "self_attn.forget_gate.dt_bias",
+    **{f"ssm_f_{x}": f"self_attn.forget_gate.f_{x}_proj" for x in "ab"},
+    **{f"ssm_g_{x}": f"self_attn.g_{x}_proj" for x in "ab"},
+    "ssm_beta": "self_attn.b_proj",
+    "ssm_norm": "self_attn.o_norm",
+}
+KERNELS = tuple(f"ssm_conv1d_{x}.weight" for x in "qkv")
+
 TABLE = {
     "lfm2moe": Model("lfm2_moe", "Lfm2MoeForCausalLM", _lfm2, SHORT_CONVOLUTION, experts="feed_forward.experts"),
     "qwen3next": Model(
@@ -157,5 +204,13 @@ TABLE = {
         experts="mixer.experts",
         stacks=UNGATED,
         turns=OF_HEADS,
+    ),
+    "kimi-linear": Model(
+        "kimi_linear",
+        "KimiLinearForCausalLM",
+        _kimi,
+        FORGETTING,
+        turns={"ssm_a": decay_in_grid} | dict.fromkeys(KERNELS, kernel),
+        made={"self_attn.conv1d.weight": Made(KERNELS, one_after_another)},
     ),
 }

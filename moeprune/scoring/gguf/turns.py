@@ -30,13 +30,18 @@ def less_one(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
 
 
 def decay(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
-    """A_log, which is stored as -exp(A_log)."""
-    return torch.log(-value)
+    """A_log, which is stored as -exp(A_log); in 64 bits, so that it does not depend on whose logarithm it is."""
+    return torch.log(-value.cpu().double()).to(value)
 
 
 def decay_of_heads(facts: Facts, value: torch.Tensor) -> torch.Tensor:
     """The same where the file has it as a column."""
     return flat(facts, decay(facts, value))
+
+
+def decay_in_grid(facts: Facts, value: torch.Tensor) -> torch.Tensor:
+    """The same as [1, 1, H, 1], of which a file may leave axes of one out."""
+    return decay(facts, value).view(1, 1, -1, 1)
 
 
 def flat(_facts: Facts, value: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ def assert_same_sums(file: Path, plain: Path, tmp_path: Path, rtol: float = 0.0)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_the_values(family, tmp_path):
-    """To the bit; norms stored as w + 1 and decays as -exp cannot come back to the bit."""
+    """To the bit, but where transformers' own description of a file undoes its arithmetic."""
     folder = parent(family, tmp_path)
     values = gguf_files.convert(folder, tmp_path / "model.gguf", kind="Q8_0")
     assert_same_config(tmp_path / "model.gguf", folder)
