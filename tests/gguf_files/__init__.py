@@ -218,6 +218,7 @@ def _arch(family: str) -> gguf.MODEL_ARCH:
     return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == (way.named_as or way.architecture))
 
 
+BARE = ("attn_sinks", "_exps", "layer_output_scale")  # names of checkpoints that have no ending
 EXPERT_WORDS = {"1": "gate", "2": "down", "3": "up"}
 
 
@@ -229,7 +230,7 @@ def _named(names: gguf.TensorNameMap, name: str) -> str:
     name = re.sub(r"backbone(\.layers\.\d+)\.mixer\.experts", r"model\1.mlp.experts", name)
     name = re.sub(r"expert_bias$", "expert_bias.bias", name)
     found = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
-    return f"{found}.weight" if found.endswith("attn_sinks") else found
+    return f"{found}.weight" if found.endswith(BARE) else found
 
 
 def _one(
@@ -239,7 +240,7 @@ def _one(
     if turned := [*FAMILIES[family].turned(config, stored_as, name, array)]:
         yield from turned
     elif 1 in array.shape:
-        yield stored_as, array.squeeze(), lambda value: {name: value.reshape(array.shape)}
+        yield stored_as, np.atleast_1d(array.squeeze()), lambda value: {name: value.reshape(array.shape)}
     else:
         assert stored_as, name
         yield stored_as, array, lambda value: {name: value}

@@ -41,8 +41,6 @@ def _gemma4(config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
     for ending, place in places.items():
         if name.endswith(ending):
             yield f"{block(name)}.{place}", array, lambda value: {name: value}
-    if name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj")):
-        yield f"{stored_as}.weight", array, lambda value: {name: value}
     if name == "model.norm.weight":
         yield stored_as, array, lambda value: {name: value}
         half = next(iter(config["per_layer_config"].values()))["head_dim"] // 2

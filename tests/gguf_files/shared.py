@@ -90,6 +90,14 @@ def _glm_dsa(config: Config) -> Config:
     return _indexed(config) | {"attention.indexer.types": [kind == "full" for kind in config["indexer_types"]]}
 
 
+def _mistral4(config: Config) -> Config:
+    rope = config["rope_parameters"]
+    return latent(config) | {
+        "attention.temperature_scale": rope["llama_4_scaling_beta"],
+        "attention.temperature_length": rope["original_max_position_embeddings"],
+    }
+
+
 def _hy_v3(config: Config) -> Config:
     width = config["moe_intermediate_size"] * config["num_shared_experts"]
     return sigmoid(config) | {"expert_shared_feed_forward_length": width, "expert_weights_norm": True}
@@ -102,6 +110,8 @@ def _bare_bias(config: Config, stored_as: str, name: str, array: np.ndarray) -> 
 
 
 INDEXER = {"index_head_dim": 128, "index_n_heads": 32}  # llama.cpp wants heads of 64 or more; few of them tie at zero
+TEMPERED = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+TEMPERED |= {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}
 WHOLE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -109,6 +119,7 @@ SHARED = {
     "deepseek_v2": Family("deepseek2", keys=latent, turned=_keys_and_values),
     "deepseek_v3": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
     "glm4_moe_lite": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
+    "mistral4": Family("mistral4", overrides={"rope_parameters": TEMPERED}, keys=_mistral4, turned=_keys_and_values),
     "glm_moe_dsa": Family(
         "glm-dsa",
         overrides={"indexer_types": ["full", "shared", "full"]},

@@ -50,12 +50,21 @@ def _latent(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _deepseek(facts: Facts) -> dict[str, Any]:
+def _mistral4(facts: Facts) -> dict[str, Any]:
     found = _latent(facts)
-    if facts.get("expert_gating_func", 1) != SIGMOID:
-        found |= {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
-        found["topk_method"] = "group_limited_greedy" if found["n_group"] > 1 else "greedy"
-    return found
+    found["rope_parameters"]["llama_4_scaling_beta"] = facts.get("attention.temperature_scale", 0.0)
+    return found | {"head_dim": found["qk_nope_head_dim"] + found["qk_rope_head_dim"]}
+
+
+def _deepseek(facts: Facts) -> dict[str, Any]:
+    """Its file says by the router whose it is: weights of a softmax are normed by Mistral, not by DeepSeek-V2."""
+    if facts.get("expert_gating_func", 1) == SIGMOID:
+        return _latent(facts)
+    if facts.get("expert_weights_norm", False):
+        return _mistral4(facts) | {"model_type": "mistral4", "architectures": ["Mistral4ForCausalLM"]}
+    found = _latent(facts)
+    method = "group_limited_greedy" if found["n_group"] > 1 else "greedy"
+    return found | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "topk_method": method}
 
 
 def _indexed(facts: Facts) -> dict[str, Any]:
@@ -165,6 +174,7 @@ AFMOE = {
 TABLE = {
     "llama4": Model("llama4_text", "Llama4ForCausalLM", _llama4, LLAMA4, experts="feed_forward.experts", columns=True),
     "deepseek2": Model("deepseek_v3", "DeepseekV3ForCausalLM", _deepseek, LATENT),
+    "mistral4": Model("mistral4", "Mistral4ForCausalLM", _mistral4, LATENT),
     "glm-dsa": Model("glm_moe_dsa", "GlmMoeDsaForCausalLM", _indexed, INDEXED),
     "deepseek32": Model("deepseek_v32", "DeepseekV32ForCausalLM", _indexed, INDEXED),
     "hy_v3": Model("hy_v3", "HYV3ForCausalLM", _hy_v3, {"exp_probs_b": "mlp.e_score_correction_bias"}),

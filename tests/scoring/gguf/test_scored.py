@@ -7,6 +7,7 @@ such files is tried by ./run.sh engines.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,12 @@ def test_divided_frequencies(tmp_path):
     folder = parent("llama4_text", tmp_path, **FAMILIES["llama4_text"].engine)
     values = gguf_files.convert(folder, tmp_path / "model.gguf")
     assert_same_sums(tmp_path / "model.gguf", gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path, rtol=1e-5)
+
+
+def test_mistral_as_llama_cpp_first_named_it(tmp_path, monkeypatch):
+    """Files of Mistral Large 3 say that they are DeepSeek's."""
+    way = replace(FAMILIES["mistral4"], architecture="deepseek2", named_as="mistral4")
+    monkeypatch.setitem(FAMILIES, "mistral4", way)
+    folder = parent("mistral4", tmp_path)
+    values = gguf_files.convert(folder, tmp_path / "model.gguf")
+    assert_same_sums(tmp_path / "model.gguf", gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path)
