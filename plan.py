@@ -2,12 +2,13 @@
 """Before stage 1: what each step would take and give, from headers, or from config.json and the index alone.
 
 Nothing is kept or fetched: a model here and a temporary file are read for a moment, to know how fast this machine is.
-stdout gets one JSON object, stderr a table.
+stderr gets a table and stdout one JSON object, unless it is a terminal.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> None:
     outline = open_outline(settings.model_path, settings.hf_token)
     result = foretell(settings, outline)
     show(result)
-    print(json.dumps(metadata.plain(result)))
+    if not sys.stdout.isatty():  # for programs; a person has the table
+        print(json.dumps(metadata.plain(result)))
 
 
 def foretell(settings: Settings, outline: Outline) -> dict[str, Any]:
@@ -157,10 +159,10 @@ def calibration_tokens(settings: Settings, earlier: dict[str, Any] | None) -> tu
 def show(result: dict[str, Any]) -> None:
     """The table for a person."""
     model, reap, speed = result["model"], result["reap"], result["rates"]
-    known = "measured" if model["measured"] else "predicted, only the total is exact"
+    known = "exact" if model["measured"] else "only the total is exact"
     say(f"model    {model['model_type']}, {size(model['total_bytes'])}, {model['experts']} experts in each of "
         f"{model['blocks']} MoE layers, {model['top_k']} for each token")  # fmt: skip
-    say(f"known    {model['source']} ({known})")
+    say(f"sizes    {known}: {model['source']}")
     say(f"compute  {speed['compute']['value'] / 1e12:.3g} TFLOP/s ({speed['compute']['source']})")
     for name in ("read", "write"):
         say(f"{name:<8} {size(speed[name]['value'])}/s ({speed[name]['source']})")

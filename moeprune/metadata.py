@@ -91,7 +91,7 @@ class Sums:
         names = [block.block for block in sums.blocks]
         if not names or not domains or len(set(names)) < len(names) or len(set(domains)) < len(domains):
             raise InputError(
-                "the scores are damaged: blocks or domains are missing or named twice; score the model again"
+                "the scores are damaged: layers or domains are missing or named twice; score the model again"
             )
         return sums
 

@@ -71,7 +71,7 @@ def _fidelity(report: Mapping[str, Any], settings: Settings) -> list[Check]:
         return [Check("KL", FAIL, why)]
     (low, high), worse, top = row["kl_interval"], row["loss_increase_interval"], row["same_top_interval"]
     kl = f"mean KL divergence to the parent {row['kl']:.3f} ({low:.3f} to {high:.3f}), median {row['kl_median']:.3f}"
-    loss = f"{row['parent_loss']:.3f} -> {row['loss']:.3f} nats per token (+{worse[0]:.3f} to +{worse[1]:.3f})"
+    loss = f"{row['parent_loss']:.3f} -> {row['loss']:.3f} nats per token ({worse[0]:+.3f} to {worse[1]:+.3f})"
     same = f"most likely token as the parent's for {row['same_top']:.1%} ({top[0]:.1%} to {top[1]:.1%}) of the tokens"
     return [
         _above("KL", kl, (low, row["kl"]), settings.max_kl, notable=row["kl"] > NOTICEABLE_KL),

@@ -56,7 +56,8 @@ def main(settings: Settings) -> None:
         console.say(f"{target} is current; --force previews again")
     else:
         found = variants(settings, checkpoint, layout)
-        metadata.write_json(target, measure(settings, checkpoint, found, layout, key))
+        with metadata.claimed(settings.output_path):
+            metadata.write_json(target, measure(settings, checkpoint, found, layout, key))
         report.write(settings.output_path)
     show(metadata.read_result(target, PREVIEW))
     print(target)

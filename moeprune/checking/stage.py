@@ -22,17 +22,19 @@ def main(settings: Settings) -> None:
     key = fingerprint(case, settings)
     current = not settings.force and metadata.is_current(target, VERDICT, key)
     if current:
-        console.say(f"{target} is current; --force judges again")
+        console.say(f"{target} is current, about {case.pruned if case else settings.endpoint}; --force judges again")
         result = metadata.read_result(target, VERDICT)
         if not (settings.output_path / report.NAME).exists():
             report.write(settings.output_path)
     else:
         from moeprune.checking.judge import judge
 
-        # First, so that a misspelt task ends the stage before the long part.
-        tasks = {"lm_eval": lm_eval.run(case, settings)} if case and settings.lm_eval else {}
-        result = judge(case, settings, key) | tasks
-        metadata.write_json(target, result)
+        console.say(f"judging  {case.pruned} by {case.parent or 'itself'}" if case else f"judging  {settings.endpoint}")
+        with metadata.claimed(settings.output_path):
+            # First, so that a misspelt task ends the stage before the long part.
+            tasks = {"lm_eval": lm_eval.run(case, settings)} if case and settings.lm_eval else {}
+            result = judge(case, settings, key) | tasks
+            metadata.write_json(target, result)
         report.write(settings.output_path)
         _write_card(case, result)
     show(result)

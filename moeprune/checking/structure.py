@@ -85,9 +85,7 @@ def _examined(models: tuple[Any, Any], pairs: Sequence[Pair], batches: Sequence[
             _compare_batch(models, pairs, batch, tallies, ending)
     found = [sentence for pair, tally in zip(pairs, tallies, strict=True) for sentence in _sentences(pair, tally)]
     if not found and ending.off("states"):
-        found.append(
-            "the final states differ although every routed block agrees: look at the last layers' other weights"
-        )
+        found.append("the final states differ although every MoE layer agrees: look at the last layers' other weights")
     if ending.off("logits"):
         found.append("the output head differs")
     return _finding(found, pairs, tallies, tokens)

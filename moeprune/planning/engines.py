@@ -14,9 +14,9 @@ from moeprune.errors import UsageError
 from moeprune.planning.plan import Limits
 
 SEVERITIES = {  # hardest first
-    "fail": "does not run",
-    "old": "does not run on older releases",
-    "slow": "takes a slower path",
+    "fail": "does not run on",
+    "old": "does not run on older releases of",
+    "slow": "takes a slower path on",
 }
 COMMON = ("vllm", "sglang", "llama.cpp", "transformers")  # warned about when no engine was named
 
@@ -52,7 +52,7 @@ class Objection:
     source: str
 
     def __str__(self) -> str:
-        return f"{SEVERITIES[self.severity]} on {self.engine}: {self.why}"
+        return f"{SEVERITIES[self.severity]} {self.engine}: {self.why}"
 
 
 def _is_power_of_two(count: int) -> bool:
@@ -203,7 +203,7 @@ def summary(found: Sequence[Objection]) -> list[str]:
     for severity, words in SEVERITIES.items():
         parts = [f"{o.engine} ({o.why})" for o in found if o.severity == severity]
         if parts:
-            lines.append(f"{words} on {', '.join(parts)}")
+            lines.append(f"{words} {', '.join(parts)}")
     return lines
 
 

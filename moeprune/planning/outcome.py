@@ -50,7 +50,7 @@ class Outcome:
         lines = [f"{self.count} of {self.experts} experts kept in each of {len(self.blocks)} MoE layers"]
         if self.coverage:
             shown = [f"{name} {share:.1%}" for name, share in list(self.coverage.items())[:5]]
-            lines.append(f"score kept, worst domain first: {', '.join(shown)}")
+            lines.append(f"share of the score kept, worst domains first: {', '.join(shown)}")
         if self.never_routed:
             measured = sum(len(block.scores) for block in self.blocks)
             stay = sum(len({*block.never_routed} & {*block.keep}) for block in self.blocks)

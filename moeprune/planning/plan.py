@@ -111,8 +111,8 @@ def _count_for_size(limits: Limits, target: int, fixed: int, per_expert: int) ->
             return count
     least = limits.smallest
     raise UsageError(
-        f"target size {target} bytes cannot be reached: the smallest possible, {least} of {limits.experts} experts in "
-        f"each layer, takes {fixed + least * per_expert} bytes"
+        f"target size {target:,} bytes cannot be reached: the smallest possible, {least} of {limits.experts} experts "
+        f"in each layer, takes {fixed + least * per_expert:,} bytes"
     )
 
 

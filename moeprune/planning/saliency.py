@@ -82,7 +82,7 @@ METRICS = {
     "weighted_ean_sum": _total("gate_norm_sum", "sum_j g |f|"),
     "weighted_ean_sum_l2": _total("gate_norm_sq_sum", "sum_j (g |f|)^2"),
     "max_activations": Metric("max_j |component of f|", ("max_abs",), _largest, total=False),
-    "random": Metric("uniform in [0, 1), by seed and block name", (), _random, total=False),
+    "random": Metric("uniform in [0, 1), by seed and layer name", (), _random, total=False),
     "full": _per_token("full_sum", "sum_T p |f| / T"),
     "router": _per_token("router_sum", "sum_T p |x| / T"),
 }

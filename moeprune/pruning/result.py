@@ -190,6 +190,8 @@ def describe(planned: Result) -> None:
         f"plan     {planned.choice.count} of {planned.layout.experts} experts kept in {len(planned.choice.keep)} layers"
     )
     say(f"size     {size(before)} -> {size(after)} ({after / before:.1%})")
+    if planned.choice.count == planned.layout.experts:
+        warn("no expert is removed: the result is a copy; --prune-ratio, --keep or --target-size says how much smaller")
     say(f"tensors  {', '.join(f'{kind} {n}' for kind, n in counts.items())}; {len(planned.actions)} in all")
     say(f"needs    {size(needed['disk_bytes'])} of disk, about {size(needed['memory_bytes'])} of memory")
     say(f"result   {planned.target}")

@@ -119,7 +119,7 @@ class Observer:
         bucket_T = self._buckets_of(site)
         if len(x_TH) != len(bucket_T):
             raise InputError(
-                f"block {site.block.name} gets {len(x_TH)} tokens of a batch of {len(bucket_T)}; this kind of "
+                f"layer {site.block.name} gets {len(x_TH):,} tokens of a batch of {len(bucket_T):,}; this kind of "
                 "model needs an adapter of its own in moeprune/scoring/adapters.py"
             )
         tally = self._tallies[site.path]
@@ -197,7 +197,7 @@ def _finite(sums: BlockSums, dtype: torch.dtype) -> BlockSums:
     if all(bool(torch.isfinite(torch.from_numpy(array.copy())).all()) for array in arrays):
         return sums
     raise MachineError(
-        f"the outputs of block {sums.block} are not finite in {dtype}; compute in a wider type: REAP_DTYPE=bfloat16"
+        f"the outputs of layer {sums.block} are not finite in {dtype}; compute in a wider type: REAP_DTYPE=bfloat16"
     )
 
 

@@ -314,6 +314,18 @@ def run(*argv, **environment):
     return subprocess.run(command, cwd=environment["HOME"], env=env, capture_output=True, text=True)
 
 
+def test_a_person_at_a_terminal_gets_the_table_alone(tmp_path):
+    folder = bare(model(tmp_path / "full"), tmp_path / "bare")
+    ours, theirs = os.openpty()
+    command = [sys.executable, str(ROOT / "plan.py"), "--model-path", str(folder), *KNOWN]
+    done = subprocess.run(command, cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.write(theirs, b"end\n")
+    assert (done.returncode, os.read(ours, 1000)) == (0, b"end\r\n")
+    assert "4 of 8" in done.stderr
+    os.close(ours)
+    os.close(theirs)
+
+
 def test_the_command_writes_nothing_and_needs_no_torch(tmp_path):
     folder = bare(model(tmp_path / "full"), tmp_path / "bare")
     done = run("--dry-run", "--model-path", str(folder), *KNOWN, HOME=str(tmp_path))

@@ -90,7 +90,7 @@ def test_target_size_gives_the_largest_that_fits():
         if fitting:
             assert keep_count(limits, **options) == max(fitting)
         else:
-            with pytest.raises(UsageError, match=f"16 of 256 experts in each layer, takes {1_234 + 16 * 101} bytes"):
+            with pytest.raises(UsageError, match=f"16 of 256 experts in each layer, takes {1_234 + 16 * 101:,} bytes"):
                 keep_count(limits, **options)
 
 

@@ -128,7 +128,7 @@ def announce(source: Source, choice: Choice) -> None:
     """Say which columns are used, once per set of columns, and how the samples were drawn."""
     groups: dict[str, list[str]] = {}
     for name, columns in choice.columns.items():
-        shown = ", ".join(f"{kind} = {column}" for kind, column in columns.items())
+        shown = ", ".join(kind if kind == column else f"{kind} = {column}" for kind, column in columns.items())
         groups.setdefault(shown, []).append(name)
     for shown, names in groups.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
