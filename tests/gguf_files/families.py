@@ -6,20 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tests.gguf_files.family import Config, Family, Written, block, joined, rotated, sigmoid
+from tests.gguf_files.family import Config, Family, Written, block, granite, joined, rotated, sigmoid
 from tests.gguf_files.hybrid import HYBRID
 from tests.gguf_files.plain import PLAIN
 from tests.gguf_files.shared import SHARED
-
-
-def _granite(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
-    if name.endswith("input_linear.weight"):
-        gate, up = np.split(array, 2, axis=-2)
-        whole = joined(lambda gate, up: {name: np.concatenate((gate, up), axis=-2)})
-        kind = "shexp" if "shared" in name else "exps"
-        yield f"{block(name)}.ffn_gate_{kind}.weight", gate, whole
-        yield f"{block(name)}.ffn_up_{kind}.weight", up, whole
-    yield from rotated(config, stored_as, name, array)
 
 
 def _gpt_oss(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
@@ -48,11 +38,11 @@ FAMILIES = {
     ),
     "minimax_m2": Family("minimax-m2", keys=sigmoid),
     "olmoe": Family("olmoe", engine={"num_key_value_heads": 4}),
-    "granitemoe": Family("granitemoe", turned=_granite),
+    "granitemoe": Family("granitemoe", turned=granite),
     "granitemoeshared": Family(
         "granitemoe",
         keys=lambda config: {"expert_shared_feed_forward_length": config["shared_intermediate_size"]},
-        turned=_granite,
+        turned=granite,
     ),
     **HYBRID,
 }

@@ -59,3 +59,14 @@ def rotated(config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
         turned,
         lambda value: {name: value.reshape(heads, -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)},
     )
+
+
+def granite(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Gate and up, which checkpoints have in one; and rotated rows."""
+    if name.endswith("input_linear.weight"):
+        gate, up = np.split(array, 2, axis=-2)
+        whole = joined(lambda gate, up: {name: np.concatenate((gate, up), axis=-2)})
+        kind = "shexp" if "shared" in name else "exps"
+        yield f"{block(name)}.ffn_gate_{kind}.weight", gate, whole
+        yield f"{block(name)}.ffn_up_{kind}.weight", up, whole
+    yield from rotated(config, stored_as, name, array)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tests.gguf_files.family import Arrays, Config, Family, Written, block, joined, sigmoid
+from tests.gguf_files.family import Arrays, Config, Family, Written, block, granite, joined, sigmoid
 from tests.gguf_files.shared import SHARED, latent
 
 
@@ -137,6 +137,43 @@ def _kimi(config: Config, stored_as: str, name: str, array: np.ndarray) -> Itera
         yield stored_as, array.reshape(1, len(array), 1, -1), lambda value: {name: value.reshape(array.shape)}
 
 
+def _granite_keys(config: Config) -> Config:
+    attends = [config["num_key_value_heads"] * (kind == "full_attention") for kind in config["layer_types"]]
+    return {
+        "attention.head_count_kv": attends,
+        "rope.scaling.finetuned": config["position_embedding_type"] == "rope",
+        "expert_shared_feed_forward_length": config["shared_intermediate_size"],
+        "ssm.conv_kernel": config["mamba_d_conv"],
+        "ssm.inner_size": config["mamba_expand"] * config["hidden_size"],
+        "ssm.state_size": config["mamba_d_state"],
+        "ssm.group_count": config["mamba_n_groups"],
+        "ssm.time_step_rank": config["mamba_n_heads"],
+    }
+
+
+def _granite(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    yield from granite(config, stored_as, name, array)
+    yield from _mamba(config["mamba_n_groups"], stored_as, name, array)
+
+
+def _jamba_keys(config: Config) -> Config:
+    period, offset = config["attn_layer_period"], config["attn_layer_offset"]
+    attends = [layer % period == offset for layer in range(config["num_hidden_layers"])]
+    return {
+        "attention.head_count_kv": [config["num_key_value_heads"] * there for there in attends],
+        "ssm.conv_kernel": config["mamba_d_conv"],
+        "ssm.inner_size": config["mamba_expand"] * config["hidden_size"],
+        "ssm.state_size": config["mamba_d_state"],
+        "ssm.time_step_rank": config["mamba_dt_rank"],
+    }
+
+
+def _jamba(_config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    yield from _decayed(stored_as, name, array)
+
+
+GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+
 HYBRID = {
     "lfm2_moe": Family("lfm2moe", keys=_lfm2),
     "qwen3_5_moe_text": Family(
@@ -158,6 +195,13 @@ HYBRID = {
     "kimi_linear": Family(  # llama.cpp adds another epsilon to the lengths of queries and keys, which short ones show
         "kimi-linear", engine={"initializer_range": 0.1}, keys=_kimi_keys, turned=_kimi
     ),
+    "granitemoehybrid": Family(
+        "granitehybrid",
+        overrides=GRANITE | {"mamba_chunk_size": 256, "mamba_n_groups": 2},
+        keys=_granite_keys,
+        turned=_granite,
+    ),
+    "jamba": Family("jamba", overrides={"num_hidden_layers": 4}, keys=_jamba_keys, turned=_jamba),
     "nemotron_h": Family(
         "nemotron_h_moe",
         overrides={

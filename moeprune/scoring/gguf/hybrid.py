@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from moeprune.scoring.gguf.facts import Facts, rope
+from moeprune.errors import InputError
+from moeprune.scoring.gguf.facts import INSTEAD, Facts, rope
 from moeprune.scoring.gguf.model import AFTER, LATENT, SHARED_EXPERT, UNGATED, Model, feed_forward, shared_expert
+from moeprune.scoring.gguf.plain import GRANITE, GRANITE_SHARED, granite
 from moeprune.scoring.gguf.turns import (
     Made,
     decay,
@@ -133,6 +135,52 @@ def _kimi(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _granite_hybrid(facts: Facts) -> dict[str, Any]:
+    heads, width = facts["ssm.time_step_rank"], facts["ssm.inner_size"]
+    return granite(facts) | {
+        "shared_intermediate_size": facts["expert_shared_feed_forward_length"],
+        "position_embedding_type": "rope" if facts.get("rope.scaling.finetuned", True) else None,
+        "layer_types": _kinds(facts, "ssm_a", "linear_attention", "full_attention"),
+        "mamba_n_heads": heads,
+        "mamba_d_head": width // heads,
+        "mamba_n_groups": facts["ssm.group_count"],
+        **_mamba_sizes(facts),
+    }
+
+
+def _jamba(facts: Facts) -> dict[str, Any]:
+    attends, routes = _every(facts, "attn_q.weight"), _every(facts, "ffn_gate_inp.weight")
+    return {
+        "num_experts": facts["expert_count"],
+        "attn_layer_offset": attends.start,
+        "attn_layer_period": attends.step,
+        "expert_layer_offset": routes.start,
+        "expert_layer_period": routes.step,
+        "mamba_dt_rank": facts["ssm.time_step_rank"],
+        **_mamba_sizes(facts),
+    }
+
+
+def _mamba_sizes(facts: Facts) -> dict[str, Any]:
+    return {
+        "mamba_d_state": facts["ssm.state_size"],
+        "mamba_d_conv": facts["ssm.conv_kernel"],
+        "mamba_expand": facts["ssm.inner_size"] // facts["embedding_length"],
+        "mamba_conv_bias": facts.has("ssm_conv1d.bias"),
+        "mamba_proj_bias": facts.has("ssm_in.bias"),
+    }
+
+
+def _every(facts: Facts, leaf: str) -> range:
+    """The layers that have this tensor, which come at equal distances."""
+    layers = [layer for layer in range(facts.layers) if f"blk.{layer}.{leaf}" in facts.checkpoint.tensors]
+    step = layers[1] - layers[0] if len(layers) > 1 else facts.layers
+    found = range(layers[0] % step if layers else 0, facts.layers, step)
+    if list(found) != layers:
+        raise InputError(f"{facts.file}: layers with {leaf} come at unequal distances ({layers}); {INSTEAD}")
+    return found
+
+
 SHORT_CONVOLUTION = {
     "attn_norm": "operator_norm",
     "ffn_norm": "ffn_norm",
@@ -185,6 +233,17 @@ FORGETTING = LATENT | {
     "ssm_norm": "self_attn.o_norm",
 }
 KERNELS = tuple(f"ssm_conv1d_{x}.weight" for x in "qkv")
+JAMBA = {
+    "output_norm.weight": "model.final_layernorm.weight",
+    "ffn_norm": "pre_ff_layernorm",
+    **feed_forward("feed_forward"),
+    "ffn_gate_inp": "feed_forward.router",
+    **_mamba("mamba"),
+    "ssm_x": "mamba.x_proj",
+    "ssm_dt": "mamba.dt_proj",
+    "ssm_dt.bias": "mamba.dt_proj.bias",
+    **{f"ssm_{x}_norm": f"mamba.{x}_layernorm" for x in ("dt", "b", "c")},
+}
 
 TABLE = {
     "lfm2moe": Model("lfm2_moe", "Lfm2MoeForCausalLM", _lfm2, SHORT_CONVOLUTION, experts="feed_forward.experts"),
@@ -213,4 +272,15 @@ TABLE = {
         turns={"ssm_a": decay_in_grid} | dict.fromkeys(KERNELS, kernel),
         made={"self_attn.conv1d.weight": Made(KERNELS, one_after_another)},
     ),
+    "granitehybrid": Model(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        _granite_hybrid,
+        GRANITE | _mamba("mamba"),
+        experts="block_sparse_moe.experts",
+        turns=OF_HEADS,
+        made={"shared_mlp.input_linear.weight": GRANITE_SHARED},
+        permuted=True,
+    ),
+    "jamba": Model("jamba", "JambaForCausalLM", _jamba, JAMBA, experts="feed_forward.experts", turns={"ssm_a": decay}),
 }

@@ -66,12 +66,9 @@ def _olmoe(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _granite(facts: Facts) -> dict[str, Any]:
-    if not facts.get("rope.scaling.finetuned", True):
-        raise InputError(
-            f"{facts.file}: its layers know no positions, which this class of transformers does; {INSTEAD}"
-        )
-    found = {
+def granite(facts: Facts) -> dict[str, Any]:
+    """What all of this maker's models with experts have."""
+    return {
         "num_local_experts": facts["expert_count"],
         "intermediate_size": facts.expert_width,
         "attention_multiplier": facts.get("attention.scale", facts.head_dim**-0.5),
@@ -79,10 +76,17 @@ def _granite(facts: Facts) -> dict[str, Any]:
         "residual_multiplier": facts.get("residual_scale", 1.0),
         "logits_scaling": facts.get("logit_scale", 1.0),
     }
+
+
+def _granite(facts: Facts) -> dict[str, Any]:
+    if not facts.get("rope.scaling.finetuned", True):
+        raise InputError(
+            f"{facts.file}: its layers know no positions, which this class of transformers does; {INSTEAD}"
+        )
     if not (shared := facts.shape("ffn_up_shexp.weight")):
-        return found
+        return granite(facts)
     shared_type = {"model_type": "granitemoeshared", "architectures": ["GraniteMoeSharedForCausalLM"]}
-    return found | shared_type | {"shared_intermediate_size": shared[0]}
+    return granite(facts) | shared_type | {"shared_intermediate_size": shared[0]}
 
 
 def _dbrx(facts: Facts) -> dict[str, Any]:

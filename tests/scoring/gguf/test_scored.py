@@ -205,6 +205,18 @@ def test_what_cannot_be_read_is_refused(case, tmp_path):
         weights.recipes(checkpoint)
 
 
+def test_layers_at_unequal_distances(tmp_path):
+    """The configuration of Jamba has a period for layers that attend."""
+    gguf_files.convert(parent("jamba", tmp_path, num_hidden_layers=6), tmp_path / "model.gguf")
+
+    def change(name: str, array: np.ndarray) -> Any:
+        return [] if name == "blk.1.attn_q.weight" else [(name, array)]
+
+    file = rewritten(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
+    with pytest.raises(InputError, match=r"attn_q\.weight come at unequal distances \(\[3, 5\]\); score the original"):
+        weights.config_of(open_checkpoint(file))
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("rope.scaling.type", "longrope"), ("attention.layer_norm_rms_epsilon", None)]
 )
