@@ -17,6 +17,7 @@ from typing import Any
 
 from moeprune.checkpoint.families import Block, Layout
 from moeprune.checkpoint.folder import Checkpoint
+from moeprune.checkpoint.structure import SHARED
 from moeprune.errors import InputError
 from moeprune.metadata import read_json
 
@@ -24,7 +25,9 @@ Settings = Mapping[str, Any]
 HF_QUANT_CONFIG = Path("hf_quant_config.json")  # modelopt's own copy of the settings
 # Side files that name modules: NVIDIA's; AutoRound's and GPTQModel's own copies of the settings.
 NVIDIA_LISTS = (HF_QUANT_CONFIG, Path("quantized_layers_manifest.json"))
-NAME_LISTS = (*NVIDIA_LISTS, Path("quantization_config.json"), Path("quantize_config.json"), Path("quant_config.json"))
+QUANTO_MAP = Path("quanto_qmap.json")  # of optimum-quanto, which says nothing in config.json
+NAME_LISTS = (*NVIDIA_LISTS, Path("quantization_config.json"), Path("quantize_config.json"), Path("quant_config.json"),
+              QUANTO_MAP)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Format:
     name: str
     text: str
     recognise: Callable[[Settings], bool]  # given the quantization settings
+    unscored: Callable[[Settings], str] = lambda _settings: ""  # why its numbers are not understood, if they are not
+    packed: str = ""  # pattern of names whose values are packed or shuffled across rows: only whole matrices are moved
 
 
 def _method(*names: str) -> Callable[[Settings], bool]:
@@ -57,6 +62,24 @@ def _modelopt(word: str) -> Callable[[Settings], bool]:
     return recognise
 
 
+def _never(reason: str) -> Callable[[Settings], str]:
+    return lambda _settings: reason
+
+
+def _awq_kernel(settings: Settings) -> str:
+    version = str(settings.get("version", "gemm")).lower()
+    return "" if version in ("gemm", "gemv") else f"its version {version!r} is shuffled for one kernel"
+
+
+def _quark_rotation(settings: Settings) -> str:
+    rotated = "rotation" in json.dumps(settings.get("algo_config") or {}).lower()
+    return "Quark rotated the inputs of these weights, which the model's own code does not do" if rotated else ""
+
+
+CODEBOOKS = "its weights are indices into codebooks, permuted and with outliers"
+ROTATED = "its weights fit rotated inputs only"
+ROUNDED = "its own layers round what goes into them, which the model's plain code does not do"
+BLOCKED = "its scales are laid out in blocks for a GPU"
 FORMATS = (
     Format("mxfp4", "gpt-oss: blocks and scales, stacked", _method("mxfp4")),
     Format(
@@ -64,7 +87,7 @@ FORMATS = (
         "DeepSeek-V4: packed FP4 with a power of two per 32",
         lambda settings: _method("fp8")(settings) and settings.get("expert_dtype") == "fp4",
     ),
-    Format("fp8", "FP8 by block, tensor or channel, also with static scales", _method("fp8", "fbgemm_fp8")),
+    Format("fp8", "FP8 by block, tensor or channel, also with static scales", _method("fp8", "fbgemm_fp8", "mxfp8")),
     Format("nvfp4", "compressed-tensors NVFP4", _compressed("nvfp4-pack-quantized")),
     Format("mxfp4_ct", "compressed-tensors MXFP4", _compressed("mxfp4-pack-quantized")),
     Format("ct_int4", "compressed-tensors INT4 and INT8, packed", _compressed("pack-quantized")),
@@ -73,10 +96,10 @@ FORMATS = (
     Format("modelopt_nvfp4", "modelopt NVFP4, also mixed with FP8", _modelopt("FP4")),
     Format("modelopt_fp8", "modelopt FP8", _modelopt("FP8")),
     Format("modelopt", "modelopt, other", _modelopt("")),
-    Format("awq", "AWQ", _method("awq")),
+    Format("awq", "AWQ", _method("awq"), _awq_kernel),
     Format("gptq", "GPTQ and GPTQModel", _method("gptq", "gptqmodel")),
     Format("auto_round", "AutoRound", _method("auto-round", "auto_round", "intel/auto-round")),
-    Format("quark", "AMD Quark: FP8 and MXFP4", _method("quark")),
+    Format("quark", "AMD Quark: FP8 and MXFP4", _method("quark"), _quark_rotation),
     Format("bitsandbytes", "bitsandbytes 4-bit and 8-bit", _method("bitsandbytes")),
     Format("torchao", "torchao", _method("torchao")),
     Format(
@@ -84,13 +107,25 @@ FORMATS = (
         "MLX: affine, mxfp4, nvfp4, mxfp8; transformers' own for Metal",
         lambda settings: {"bits", "group_size"} <= {*settings} and settings.get("quant_method", "metal") == "metal",
     ),
+    # Those below are cut where experts are modules of their own, as transformers had them up to 4.57.
+    Format("hqq", "HQQ", _method("hqq"), packed=r"\.W_q$"),
+    Format("quanto", "Quanto: 8 bits; 4 and 2 bits are cut only", _method("quanto"), packed=r"\._data\._data$"),
+    Format("aqlm", "AQLM", _method("aqlm"), packed=r"\.codes$"),
+    Format("vptq", "VPTQ, cut only", _method("vptq"), _never(CODEBOOKS), r"\.indices$"),
+    Format("spqr", "SpQR, cut only", _method("spqr"), _never("its outliers lie in sparse rows"), r"\.dense_weights$"),
+    Format("higgs", "HIGGS, cut only", _method("higgs"), _never(f"{ROTATED}, and FLUTE shuffled them"), r"\.tables2$"),
+    Format("fp_quant", "FP-Quant, cut only", _method("fp_quant"), _never(ROTATED), r"\.(qweight|dqweight|\w+_matrix)$"),
+    Format(
+        "eetq", "EETQ, cut only", _method("eetq"), _never("its weights are shuffled for a GPU"), r"\.weight_scales$"
+    ),
+    Format("bitnet", "BitNet, cut only", _method("bitnet"), _never(ROUNDED), r"\.weight_scale$"),
+    Format("gemma", "Gemma's own, cut only", _method("gemma"), _never(ROUNDED), r"\.weight_scale$"),
+    Format("fouroversix", "Four Over Six, cut only", _method("fouroversix"), _never(BLOCKED), r"\.quantized_\w+$"),
 )
 # What is known and left alone, and why.
 REFUSED = {
-    "hqq": "transformers 5 cannot load such a checkpoint again",
-    "quanto": "transformers 5 neither writes nor loads such a checkpoint",
-    "aqlm": "its weights are sums of codebook entries that this tool cannot decode",
-    "vptq": "its weights are indices into codebooks that this tool cannot decode",
+    "sinq": "it stores experts and what their numbers mean under names of its own, in a further file",
+    "nvfp4": "transformers makes such numbers while it loads a plain checkpoint, and neither writes nor loads them",
 }
 QDATA = re.compile(r"(?P<module>.*\.)_(?P<attribute>\w+)_qdata")  # torchao's: of module.attribute
 STACK_SIZES = ("shape", "block_size")  # what torchao says of a tensor axis by axis
@@ -106,6 +141,8 @@ def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
         for key in ("quantization_config", "compression_config", "quantization"):
             if isinstance(scope.get(key), dict):
                 return {**({"expert_dtype": config["expert_dtype"]} if "expert_dtype" in config else {}), **scope[key]}
+    if QUANTO_MAP in checkpoint.side_files:
+        return {"quant_method": "quanto"}
     if HF_QUANT_CONFIG in checkpoint.side_files:
         return read_json(checkpoint.folder / HF_QUANT_CONFIG, "modelopt's hf_quant_config.json")
     return {}
@@ -122,9 +159,14 @@ def format_of(checkpoint: Checkpoint) -> str:
             sizes[tensor.dtype] += tensor.nbytes
         dtype = sizes.most_common(1)[0][0] if sizes else "F32"
         return PLAIN.get(dtype, dtype.lower())
+    return _known(checkpoint, settings).name
+
+
+def _known(checkpoint: Checkpoint, settings: Settings) -> Format:
+    """The entry of FORMATS for these settings."""
     check_not_refused(checkpoint)
-    found = next((entry.name for entry in FORMATS if entry.recognise(settings)), "")
-    if not found:
+    found = next((entry for entry in FORMATS if entry.recognise(settings)), None)
+    if found is None:
         what = f"{settings.get('quant_method', 'an unnamed method')} (format {settings.get('format', 'not given')})"
         raise InputError(
             f"{checkpoint.folder} is quantized by {what}, which is not known; add it to FORMATS "
@@ -143,8 +185,21 @@ def check_not_refused(checkpoint: Checkpoint) -> None:
         )
 
 
+def check_scorable(checkpoint: Checkpoint) -> None:
+    """Refuse the formats whose numbers are not understood, or mean something in other code than the model's own."""
+    settings = quantization_of(checkpoint)
+    check_not_refused(checkpoint)
+    entry = next((entry for entry in FORMATS if settings and entry.recognise(settings)), None)
+    if entry is not None and (reason := entry.unscored(settings)):
+        raise InputError(
+            f"{checkpoint.folder} cannot be scored: {reason}; score the original checkpoint and cut this one with its "
+            "scores"
+        )
+
+
 def check_cuttable(checkpoint: Checkpoint, layout: Layout) -> None:
     """Refuse what slicing bytes would not cut exactly; most such cases structure.py has refused already."""
+    _check_apart(checkpoint, layout)
     stacked = {part.tensor for block in layout.blocks for part in block.parts if part.kind == "rows"}
     described = torchao_stacks(layout)
     for shard, metadata in checkpoint.shard_metadata.items():
@@ -160,6 +215,25 @@ def check_cuttable(checkpoint: Checkpoint, layout: Layout) -> None:
                     f"{shard.name} keeps the {key} {shape} of {name} in its metadata, so its experts cannot be cut "
                     "byte by byte; dequantize the model first"
                 )
+
+
+def _check_apart(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Refuse rows of a matrix, or of a stack, in a format that can only be moved in whole matrices."""
+    settings = quantization_of(checkpoint)
+    packed = next((entry.packed for entry in FORMATS if settings and entry.recognise(settings)), "")
+    if not packed:
+        return
+    parts = [part for block in layout.blocks for part in block.parts]
+    single = {part.tensor for part in parts if part.kind in ("expert", "tail")}
+    inside: dict[str, str] = {}  # module -> its packed tensor
+    for name in checkpoint.tensors:
+        if (match := re.search(packed, name)) and name not in single and not SHARED.search(name):
+            inside[name[: match.start()]] = name
+    for part in parts:
+        if part.tensor not in single and (found := inside.get(part.tensor.rpartition(".")[0])):
+            raise InputError(
+                f"{found} is packed across experts and cannot be cut; leave routers and stacks of experts unquantized"
+            )
 
 
 def torchao_stacks(layout: Layout) -> dict[str, Block]:

@@ -39,7 +39,9 @@ ROUTER_ELSEWHERE = re.compile(r"moe\.router\.")  # relative to the layer, where 
 PER_EXPERT = re.compile(r"(expert_bias|correction_bias|router_bias|router_scale)$")
 NO_ROUTER = re.compile(r"router\.(scale|global_scale)$")
 SHARED = re.compile(r"shared|share_expert|shexp")
-PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_zero_point|weight_shape)$")
+PACKED = re.compile(
+    r"\.(qweight|qzeros|weight_packed|weight_zero_point|weight_shape|W_q|_data\._data|codes|indices|dense_weights)$"
+)
 FOUR_BIT = re.compile(  # what bitsandbytes keeps beside a flat matrix [n, 1]
     r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(nf4|fp4))$"
 )

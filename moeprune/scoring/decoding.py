@@ -6,6 +6,8 @@ Each function takes what is stored, by the ending of its name, and the settings:
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -131,15 +133,25 @@ def _bits(stored: Stored) -> int:
 
 def awq(stored: Stored, quantization: Quantization) -> torch.Tensor:
     """AWQ."""
-    version, bits = str(quantization.get("version", "gemm")).lower(), _bits(stored)
-    if version != "gemm":
-        raise InputError(f"AWQ in the version {version!r} is laid out for one kernel; only 'gemm' is understood")
+    bits = _bits(stored)
+    if str(quantization.get("version", "gemm")).lower() == "gemv":
+        return _awq_gemv(stored, quantization, bits)
     if bits != 4 and "gptqmodel" not in json.dumps(quantization.get("meta") or {}).lower():
         raise InputError(
             f"AWQ with {bits} bits is packed in one order by GPTQModel and expected in another by vLLM, and this file "
             "does not say that GPTQModel made it; only 4 bits are unambiguous"
         )
     return unpack.awq(stored["qweight"], stored["qzeros"], stored["scales"], bits, _group(quantization))
+
+
+def _awq_gemv(stored: Stored, quantization: Quantization, bits: int) -> torch.Tensor:
+    """The other version lies as a matrix should, outputs first, and its scales and zero points end in padding."""
+    value_OI, group = unpack.integers(stored["qweight"], bits), _group(quantization)
+    if group is None:
+        raise InputError("AWQ in the version 'gemv' needs its group_size in the settings; add it to config.json")
+    groups = value_OI.shape[-1] // group if group > 0 else 1
+    zero_OG = unpack.integers(stored["qzeros"], bits, groups)
+    return unpack.grouped(value_OI, stored["scales"][..., :groups], zero_OG, group=group)
 
 
 def gptq(stored: Stored, quantization: Quantization) -> torch.Tensor:
@@ -186,3 +198,31 @@ def _mlx_float(weight: torch.Tensor, scale: torch.Tensor, mode: str) -> torch.Te
 def _first_two(stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = tuple(stored.values())[:2]
     return first, second
+
+
+def hqq(stored: Stored, _quantization: Quantization) -> torch.Tensor:
+    """HQQ: groups as rows (or columns) of a grid of its own, which is packed share over share."""
+    packing = re.fullmatch(r"(\d)bit_u?(8|32)", bytes(stored["packing"].cpu().numpy()).decode(errors="replace"))
+    if packing is None:
+        raise InputError("HQQ packed this weight in a way that is not known; add it to moeprune/scoring/decoding.py")
+    packed, shape = stored["W_q"], stored["shape"].tolist()
+    if packed.is_floating_point():
+        packed = packed.view(torch.int32 if packing[2] == "32" else torch.uint8)
+    value = unpack.pieces(packed, int(packing[1]), high_first=True)[: math.prod(shape) // packed.shape[-1]]
+    return ((value.float() - stored["zero"].float()) * stored["scale"].float()).reshape(shape)
+
+
+def quanto(stored: Stored, _quantization: Quantization) -> torch.Tensor:
+    """Quanto's bytes with a scale for each output; what it packs more densely does not say which shape it has."""
+    if "weight._shift" in stored:
+        raise InputError(
+            "Quanto's weights of 4 and 2 bits do not say how many outputs they have, so they cannot be scored; score "
+            "the original checkpoint and cut this one with its scores"
+        )
+    return unpack.scaled(stored["weight._data"], stored["weight._scale"])
+
+
+def aqlm(stored: Stored, _quantization: Quantization) -> torch.Tensor:
+    """AQLM: sums of entries of codebooks, each a block of outputs and inputs, times a scale for each row of blocks."""
+    blocks = unpack.codebooks(stored["codes"], stored["codebooks"]) * stored["scales"].float()
+    return blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)

@@ -15,7 +15,7 @@ import torch
 
 from moeprune.checkpoint import gguf
 from moeprune.checkpoint.folder import Checkpoint, Tensor
-from moeprune.checkpoint.formats import check_not_refused, quantization_of
+from moeprune.checkpoint.formats import check_scorable, quantization_of
 from moeprune.errors import InputError
 from moeprune.scoring import torchao
 from moeprune.scoring.decoding import Quantization
@@ -63,9 +63,8 @@ BY_TYPE = _by_type()
 
 def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
     """Plain name -> recipe, for every tensor of the checkpoint."""
-    check_not_refused(checkpoint)
+    check_scorable(checkpoint)
     quantization, about = quantization_of(checkpoint), _about(checkpoint)
-    _refuse_rotated(checkpoint, quantization)
     found: dict[str, Recipe] = {}
     used: set[str] = set()
     for name in checkpoint.tensors:
@@ -97,15 +96,6 @@ def _stored(name: str, checkpoint: Checkpoint) -> Recipe:
         )
 
     return Recipe({"": name}, refuse)
-
-
-def _refuse_rotated(checkpoint: Checkpoint, quantization: Quantization) -> None:
-    """Weights that fit rotated inputs only; the model's own forward does not rotate them."""
-    if "rotation" in json.dumps(quantization.get("algo_config") or {}).lower():
-        raise InputError(
-            f"{checkpoint.folder}: Quark rotated the inputs of these weights, which the model's own code does not do; "
-            "score the original checkpoint and cut this one with its scores"
-        )
 
 
 def _about(checkpoint: Checkpoint) -> dict[str, str]:

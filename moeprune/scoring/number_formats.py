@@ -65,6 +65,10 @@ ZERO = ("weight_zero_point",)
 SVDQUANT = ("svdquant_lora_a", "svdquant_lora_b")
 SMOOTHING = ("pre_quant_scale", "_act_pre_scale")
 AO = {"_qdata": f"{FP8} I8 U8 I32", "_scale": f"{SCALES} {F8}"}
+HQQ = {"W_q": f"U8 I32 {REAL}", "scale": REAL, "zero": REAL, "shape": "I64", "packing": "U8"}
+QUANTO = {"weight._data": f"I8 {FP8}", "weight._scale": REAL}
+QUANTO_DENSE = {"weight._data._data": "U8", "weight._scale": REAL, "weight._shift": f"I8 {REAL}"}
+AQLM = {"codes": "I8 I16 I32", "codebooks": REAL, "scales": REAL}
 AO_TILES = {"_qdata": "I32", "_scale_and_zero": REAL}
 # The first entry whose tensors are all there is taken.
 TABLE = tuple(
@@ -92,6 +96,10 @@ TABLE = tuple(
         Format("AWQ", GPTQ_LIKE, (), "weight", decoding.awq, _method("awq")),
         Format("GPTQ", GPTQ_LIKE, ("g_idx",), "weight", decoding.gptq, _method("gptq", "round")),
         Format("MLX", {"weight": "U32", "scales": f"{REAL} U8"}, ("biases", "qbiases"), "weight", decoding.mlx),
+        Format("HQQ", HQQ, (), "weight", decoding.hqq),
+        Format("Quanto", QUANTO, (), "weight", decoding.quanto),
+        Format("Quanto, 4 and 2 bits", QUANTO_DENSE, (), "weight", decoding.quanto),
+        Format("AQLM", AQLM, (), "weight", decoding.aqlm),
         Format("torchao", AO, ("_zero_point", "_per_tensor_scale"), "", torchao.decoded),
         Format("torchao, in tiles", AO_TILES, (), "", torchao.decoded),
     )

@@ -177,3 +177,15 @@ def tiles(words: torch.Tensor) -> torch.Tensor:
     ordered = tile_row_column.movedim((-7, -5, -6, -3, -1, -4, -2), (-7, -6, -5, -4, -3, -2, -1))
     values: torch.Tensor = ordered.flatten(-5, -1).flatten(-3, -2)
     return values
+
+
+def pieces(packed: torch.Tensor, bits: int, *, high_first: bool) -> torch.Tensor:
+    """Rows of unsigned values whose first, second, ... share lie over each other in the bits of one row of items."""
+    shifts = range(0, packed.element_size() * 8 // bits * bits, bits)
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in (reversed(shifts) if high_first else shifts)])
+
+
+def codebooks(codes: torch.Tensor, books: torch.Tensor) -> torch.Tensor:
+    """The sum of one entry of each book: codes [outputs / o, inputs / i, books], books [books, entries, o, i]."""
+    index = codes.long() % books.shape[1]  # codes are stored as signed numbers
+    return torch.stack([book[at] for book, at in zip(books.float(), index.unbind(-1), strict=True)]).sum(0)

@@ -73,6 +73,17 @@ MODELOPT = {
 }
 TOP_2 = {"num_experts_per_tok": 2}
 TORCHAO = {"qdata": 16, "scale": 1, "zero_point": 1}
+# What other libraries keep of one matrix [E, 16]; sizes of E mean nothing in them.
+WHOLE = {
+    "W_q": ("U8", [E, 8]), "scale": ("F32", [E, 1]), "zero": ("F32", [E, 1]), "shape": ("I64", [2]),
+    "nbits": ("I32", []), "packing": ("U8", [E]), "weight._data": ("I8", [E, 16]), "weight._scale": [E, 1],
+    "weight._data._data": ("U8", [4, 16]), "weight._shift": [E, 1], "input_scale": [], "codes": ("I8", [E, 2, 1]),
+    "codebooks": ("F16", [1, E, 1, 8]), "scales": ("F16", [E, 1, 1, 1]), "indices": ("I32", [1, 1, E]),
+    "centroids.weight": ("F16", [1, 64]), "perm": ("I32", [16]), "dense_weights": ("I64", [E, 2]),
+    "row_offsets": ("I32", [E]), "tables2": ("F16", [16, 16, 2]), "qweight": ("U8", [E, 8]),
+    "forward_hadamard_matrix": [E, E], "weight": ("I8", [16, E]), "weight_scales": ("F16", [E]),
+    "weight_scale": [1], "quantized_weight_values": ("U8", [E, 8]),
+}  # fmt: skip
 
 CASES = {
     "gpt-oss mxfp4": Case(
@@ -249,6 +260,11 @@ CASES = {
         {"model_type": "qwen3_moe", "num_experts": E, "quantization_config": {"quant_method": "torchao"}} | TOP_2,
         layer("model.layers.0", GATE | {f"mlp.experts._down_proj_{k}": ("I8", [E, 4, n]) for k, n in TORCHAO.items()}),
         {"model.layers.0": {f"mlp.experts._down_proj_{k}": "rows 0" for k in TORCHAO} | GATE_FOUND},
+    ),
+    "HQQ, Quanto, AQLM, VPTQ, SpQR, HIGGS, FP-Quant, EETQ, BitNet and Four Over Six, a module for each expert": Case(
+        {"model_type": "qwen3_moe", "num_experts": E, "quantization_config": {"quant_method": "vptq"}} | TOP_2,
+        layer("model.layers.0", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in WHOLE.items()}),
+        {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in WHOLE} | GATE_FOUND},
     ),
     "a model that is as wide as it has experts": Case(
         {"model_type": "mixtral", "num_local_experts": E, "hidden_size": E} | TOP_2,

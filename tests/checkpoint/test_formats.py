@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from moeprune.checkpoint import formats
 from moeprune.checkpoint.families import understand
@@ -55,6 +56,17 @@ WRITTEN = {
     "quark": {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}}},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+    "hqq": {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}, "skip_modules": ["lm_head"]},
+    "quanto": {"quant_method": "quanto", "weights": "int8"},
+    "aqlm": {"quant_method": "aqlm", "in_group_size": 8, "num_codebooks": 1, "nbits_per_codebook": 16},
+    "vptq": {"quant_method": "vptq", "config_for_layers": {}, "shared_layer_config": {}},
+    "spqr": {"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16, "shapes": {}},
+    "higgs": {"quant_method": "higgs", "bits": 4, "p": 2, "tune_metadata": {}},
+    "fp_quant": {"quant_method": "fp_quant", "forward_dtype": "nvfp4", "hadamard_group_size": 32},
+    "eetq": {"quant_method": "eetq", "weights": "int8"},
+    "bitnet": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+    "gemma": {"quant_method": "gemma", "num_bits": 4},
+    "fouroversix": {"quant_method": "fouroversix", "dtype": "nvfp4"},
     "mlx": {"bits": 4, "group_size": 64, "mode": "affine", "model.layers.0.mlp.gate": {"bits": 8, "group_size": 64}},
 }
 
@@ -67,6 +79,71 @@ def test_a_format_is_recognised(tmp_path, name):
 
 def test_what_transformers_writes_for_metal_is_that_of_mlx(tmp_path):
     assert formats.format_of(written(tmp_path, {"quant_method": "metal", "bits": 4, "group_size": 64})) == "mlx"
+
+
+def test_mxfp8_of_transformers_is_fp8(tmp_path):
+    assert formats.format_of(written(tmp_path, {"quant_method": "mxfp8", "weight_block_size": [1, 32]})) == "fp8"
+
+
+def test_every_method_of_transformers_is_known():
+    """Each is cut, or refused with a reason."""
+    inside = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "fp8": "fp8"}
+    methods = {inside.get(name, name) for name in AUTO_QUANTIZER_MAPPING} - {"gguf", "compressed-tensors", "metal"}
+    known = {name for name in methods if any(entry.recognise({"quant_method": name}) for entry in formats.FORMATS)}
+    assert methods - known == set(formats.REFUSED)
+
+
+@pytest.mark.parametrize("name", ["vptq", "spqr", "higgs", "fp_quant", "eetq", "bitnet", "gemma", "fouroversix"])
+def test_what_is_cut_only_says_so_before_it_is_scored(tmp_path, name):
+    with pytest.raises(InputError, match="score the original checkpoint and cut this one"):
+        formats.check_scorable(written(tmp_path, WRITTEN[name]))
+    for other in ("awq", "hqq", "aqlm", "quark"):
+        formats.check_scorable(written(tmp_path / other, WRITTEN[other]))
+
+
+def test_a_kernels_own_order_is_not_scored(tmp_path):
+    with pytest.raises(InputError, match="'gemv_fast'"):
+        formats.check_scorable(written(tmp_path, WRITTEN["awq"] | {"version": "GEMV_FAST"}))
+
+
+def test_optimum_quanto_is_known_by_its_map(tmp_path):
+    folder = written(tmp_path, None).folder
+    (folder / "quanto_qmap.json").write_text("{}")
+    assert formats.format_of(open_checkpoint(folder)) == "quanto"
+
+
+# What the router of 8 experts would be in each: some of it has a size of 8, which means nothing.
+PACKED_ROUTERS = {
+    "hqq": {"W_q": ("U8", [E, 4]), "scale": ("F32", [E, 1]), "zero": ("F32", [E, 1])},
+    "quanto": {"weight._data._data": ("U8", [4, 4]), "weight._scale": ("BF16", [E, 1])},
+    "aqlm": {"codes": ("I8", [E, 1, 1]), "codebooks": ("F16", [1, E, 1, 8]), "scales": ("F16", [E, 1, 1, 1])},
+    "vptq": {"indices": ("I32", [1, 1, E]), "centroids.weight": ("F16", [1, 64]), "weight_scale": ("F16", [E])},
+    "spqr": {"dense_weights": ("I64", [E, 2]), "row_offsets": ("I32", [E])},
+    "higgs": {"weight": ("I32", [E, 4]), "scales": ("F16", [E, 1]), "tables2": ("F16", [16, 16, 2])},
+    "fp_quant": {"qweight": ("U8", [E, 2]), "scales": ("U8", [E, 1])},
+    "eetq": {"weight": ("I8", [E, E]), "weight_scales": ("F16", [E])},
+    "bitnet": {"weight": ("U8", [E, 4]), "weight_scale": ("BF16", [1])},
+    "gemma": {"weight": ("U8", [E, 2]), "weight_scale": ("F32", [E, 1])},
+    "fouroversix": {"quantized_weight_values": ("U8", [E, 2]), "quantized_weight_amax": ("F32", [1])},
+}
+
+
+@pytest.mark.parametrize("name", PACKED_ROUTERS)
+def test_matrices_that_can_only_be_moved_as_a_whole(tmp_path, name):
+    """One matrix of each expert may be packed; the router, whose rows are cut, may not."""
+    assert set(PACKED_ROUTERS) == {entry.name for entry in formats.FORMATS if entry.packed}
+    apart = {
+        f"model.layers.0.mlp.{place}.{part}": stored
+        for place in (*(f"experts.{e}.up_proj" for e in range(E)), "shared_experts.up_proj")
+        for part, stored in PACKED_ROUTERS[name].items()
+    }
+    good = apart | {"model.layers.0.mlp.gate.weight": ("BF16", [E, 4])}
+    checkpoint = written(tmp_path / "good", WRITTEN[name], tensors=good)
+    formats.check_cuttable(checkpoint, understand(checkpoint))
+    router = {f"model.layers.0.mlp.gate.{part}": stored for part, stored in PACKED_ROUTERS[name].items()}
+    checkpoint = written(tmp_path / "bad", WRITTEN[name], tensors=apart | router)
+    with pytest.raises(InputError, match=r"mlp\.gate\.\S+ is packed across experts|this router is packed"):
+        formats.check_cuttable(checkpoint, understand(checkpoint))
 
 
 def test_every_format_is_recognised_here():

@@ -52,6 +52,9 @@ def expert(layer, number, *rest):
         ("compressed-tensors", expert(0, 2, "up_proj"), []),
         ("compressed-tensors", expert(1, 3, "up_proj"), [expert(1, 3, "up_proj")]),
         ("modelopt", expert(0, 10), [expert(0, 2)]),
+        # a word about a tensor of an expert goes with it
+        ("spqr", expert(0, 3, "up_proj.weight_scale.shape"), [expert(0, 1, "up_proj.weight_scale.shape")]),
+        ("spqr", expert(0, 2, "up_proj.dense_weights.shape"), []),
         # another prefix before the layers
         ("fp8", "language_model." + expert(0, 11, "down_proj"), ["language_model." + expert(0, 3, "down_proj")]),
         ("fp8", "layers.0.mlp.experts.2.down_proj", []),

@@ -68,7 +68,6 @@ def linears(tensors: Iterable[str], ending: str) -> list[str]:
 
 def torchao(out: Path, kind: str) -> Values:
     """Weights and whole stacks of experts, through transformers."""
-    sys.modules["mslk"] = None  # type: ignore[assignment]  # it asks for a GPU as soon as it is imported
     from torchao import quantization
 
     config = {
@@ -129,6 +128,76 @@ def torchao_each(out: Path) -> Values:
     save_file(tensors, out / "model.safetensors", about | {"format": "pt"})
     write_config(out, folder, transformers.TorchAoConfig(config).to_dict())
     return {name: t.dequantize() for name, t in state.items() if type(t) is not torch.Tensor}
+
+
+def hqq(out: Path) -> Values:
+    """A matrix of each expert, as transformers 4.57 saves them: the state of HQQ's own layers, bits in turns."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    folder, values = base(), {}
+    state = load_file(folder / "model.safetensors")
+    kinds = [
+        {"nbits": 4, "group_size": 32},
+        {"nbits": 3, "group_size": 64, "view_as_float": True},
+        {"nbits": 2, "group_size": 32, "axis": 0},
+        {"nbits": 8, "group_size": None},
+    ]
+    for at, (name, layer) in enumerate(linear_layers(state).items()):
+        config = BaseQuantizeConfig(**{"axis": 1} | kinds[at % len(kinds)])
+        made = HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
+        values[f"{name}.weight"] = made.dequantize()
+        replace(state, name, {key: value for key, value in made.state_dict().items() if value is not None})
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    settings = transformers.HqqConfig(nbits=4, group_size=32, skip_modules=["lm_head", "mlp.gate"]).to_dict()
+    write_config(out, folder, settings)
+    return values
+
+
+def quanto(out: Path) -> Values:
+    """optimum-quanto, for which the model is one with a matrix of each expert; config.json does not know."""
+    from optimum.quanto import QLinear, freeze, qfloat8, qint8
+
+    folder, values, quantized = base(), {}, {}
+    state = load_file(folder / "model.safetensors")
+    for at, (name, layer) in enumerate(linear_layers(state).items()):
+        kind = (qint8, qfloat8)[at % 2]
+        made = QLinear.from_module(layer, weights=kind)
+        freeze(made)
+        values[f"{name}.weight"] = made.weight.dequantize()
+        quantized[name] = {"weights": kind.name, "activations": "none"}
+        replace(state, name, made.state_dict())
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    shutil.copy(folder / "config.json", out / "config.json")
+    (out / "quanto_qmap.json").write_text(json.dumps(quantized, indent=4))
+    return values
+
+
+def aqlm(out: Path) -> Values:
+    """AQLM's own layers, filled at random; its kernels for a CPU would turn the codes, so its formula is asked."""
+    from aqlm import QuantizedLinear
+    from aqlm.utils import _dequantize_weight, pack_int_data, unpack_int_data
+
+    folder, values = base(), {}
+    state = load_file(folder / "model.safetensors")
+    books, bits = 2, 5
+    for name, layer in linear_layers(state).items():
+        made = QuantizedLinear(layer.in_features, layer.out_features, 8, 1, books, bits, bias=False)
+        made.codebooks.data.normal_(0, layer.in_features**-0.5)
+        made.scales.data.uniform_(0.5, 1.5)
+        codes = torch.randint(0, 2**bits, made.codes.shape)
+        made.codes.data = pack_int_data(codes, bits)
+        values[f"{name}.weight"] = _dequantize_weight(unpack_int_data(made.codes, bits), made.codebooks, made.scales)
+        replace(state, name, made.state_dict())
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    settings = transformers.AqlmConfig(8, 1, books, bits, linear_weights_not_to_quantize=["lm_head.weight"]).to_dict()
+    write_config(out, folder, settings)
+    return {name: value.detach() for name, value in values.items()}
+
+
+def replace(state: Values, name: str, parts: Values) -> None:
+    """The weight of a layer gives way to what a library keeps of it."""
+    del state[f"{name}.weight"]
+    state |= {f"{name}.{part}": tensor.detach().clone() for part, tensor in parts.items()}
 
 
 def linear_layers(state: Values) -> dict[str, torch.nn.Linear]:
@@ -355,9 +424,12 @@ MAKERS: dict[str, tuple[Callable[[Path], Values], tuple[str, ...]]] = {
     "quark_mxfp4": (functools.partial(quark, kind="mxfp4"), ("amd-quark",)),
     "mlx": (functools.partial(mlx, family="qwen3_moe"), ("mlx", "mlx-lm")),
     "mlx_gpt_oss": (functools.partial(mlx, family="gpt_oss"), ("mlx", "mlx-lm")),
+    "hqq": (hqq, ("hqq",)),
+    "quanto": (quanto, ("optimum-quanto",)),
+    "aqlm": (aqlm, ("aqlm",)),
     "unsloth": (bitsandbytes, ("bitsandbytes",)),
 }
-KEPT = ("model.safetensors", "config.json", "hf_quant_config.json", "quantization_config.json")
+KEPT = ("model.safetensors", "config.json", "hf_quant_config.json", "quantization_config.json", "quanto_qmap.json")
 
 
 def make(name: str) -> None:
@@ -380,5 +452,6 @@ def make(name: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["mslk"] = None  # type: ignore[assignment]  # needs a GPU, and torchao imports it where it is installed
     for name in sys.argv[1:]:
         make(name)

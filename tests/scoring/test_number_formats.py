@@ -15,7 +15,7 @@ from transformers.integrations import metal_quantization
 
 from moeprune.errors import InputError
 from moeprune.scoring import unpack
-from tests.scoring.test_dequantize import nibbles, pack, plain, same
+from tests.scoring.test_dequantize import bytes_, nibbles, pack, plain, same
 
 
 def test_int4_of_modelopt(tmp_path):
@@ -101,8 +101,28 @@ def test_awq_of_other_bits_is_that_of_gptqmodel(tmp_path, bits):
     same(found, (torch.from_numpy(q - zero[groups]).float() * tensors["m.scales"][groups].float()).T.contiguous())
     with pytest.raises(InputError, match="GPTQModel made it"):
         plain(tmp_path, tensors, settings)
-    with pytest.raises(InputError, match="'gemv'"):
-        plain(tmp_path, tensors, settings | {"version": "gemv"})
+
+
+@pytest.mark.parametrize(("group", "groups"), [(32, 4), (-1, 1)])
+def test_awq_for_one_kernel(tmp_path, group, groups):
+    """The version gemv: outputs first, values in plain order, scales and zero points padded at the end of a row."""
+    generator = np.random.default_rng(group % 7)
+    q, zero = generator.integers(0, 16, (16, 128)), generator.integers(0, 16, (16, groups))
+    scale = torch.rand(16, 32).half()
+    padded = np.concatenate([zero, generator.integers(0, 16, (16, 32 - groups))], axis=1)
+    tensors = {"m.qweight": pack(q, 4), "m.qzeros": pack(padded, 4), "m.scales": scale}
+    settings = {"quant_method": "awq", "bits": 4, "version": "gemv"}
+    found = plain(tmp_path, tensors, settings | {"group_size": group})["m.weight"]
+    at = np.arange(128) // (128 // groups)
+    same(found, torch.from_numpy(q - zero[:, at]).float() * scale[:, at].float())
+    with pytest.raises(InputError, match="group_size"):
+        plain(tmp_path, tensors, settings)
+
+
+def test_quantos_four_bits_do_not_tell_their_shape(tmp_path):
+    parts = {"weight._data._data": bytes_(4, 32), "weight._scale": torch.rand(8, 1), "weight._shift": torch.rand(8, 1)}
+    with pytest.raises(InputError, match="how many outputs"):
+        plain(tmp_path, {f"m.{name}": part for name, part in parts.items()}, {"quant_method": "quanto"})
 
 
 AO = {
