@@ -321,7 +321,7 @@ main() {
     check) check "$@" ;;
     engines)
       set_up requirements-dev.txt
-      "$python" tests/engines/run.py "$@"
+      "$python" -m tests.engines.run "$@"
       ;;
     build)
       compose_environment

@@ -1,6 +1,6 @@
 """Cut random models of the main families at sizes that vLLM accepts, and compute by transformers what it should say.
 
-python tests/engines/families.py FOLDER   ->   {"mixtral": [[log probability of each next token], ...], ...}
+python tests/engines/families.py FOLDER   ->   {".../mixtral": [[log probability of each next token], ...], ...}
 """
 
 import json
@@ -56,18 +56,24 @@ def log_probabilities(folder: Path) -> list[list[float]]:
         return model(input_ids=torch.tensor(PROMPTS)).logits[:, -1].log_softmax(-1).tolist()
 
 
+def cut(parent: Path) -> tuple[Path, dict[str, list[int]]]:
+    """Two of eight experts go, others in every second block; and which stay."""
+    blocks = understand(open_checkpoint(parent)).blocks
+    keep = {b.name: [0, 1, 3, 4, 6, 7] if i % 2 else [1, 2, 3, 5, 6, 7] for i, b in enumerate(blocks)}
+    child, plan = parent.with_name(f"{parent.name}-cut"), parent.with_name("plan.json")
+    plan.write_text(json.dumps({"keep": keep}))
+    prune_model.main(["--model-path", str(parent), "--plan", str(plan), "--pruned-output-path", str(child),
+                      "--output-path", str(parent.parent), "--force"])  # fmt: skip
+    return child, keep
+
+
 def main(folder: Path) -> None:
     """Cut; then ask transformers about parents and cuts."""
     expected = {}
     for family, more in FAMILIES.items():
         parent = as_published(tiny.make(family, folder / family, **(SIZES | more)))
-        layout = understand(open_checkpoint(parent))
-        keep = {b.name: [0, 1, 3, 4, 6, 7] if i % 2 else [1, 2, 3, 5, 6, 7] for i, b in enumerate(layout.blocks)}
-        (folder / "plan.json").write_text(json.dumps({"keep": keep}))
-        child = folder / f"{family}-cut"
-        prune_model.main(["--model-path", str(parent), "--plan", str(folder / "plan.json"), "--pruned-output-path",
-                          str(child), "--output-path", str(folder), "--force"])  # fmt: skip
-        expected |= {folder.name: log_probabilities(folder) for folder in (parent, child)}
+        child, _ = cut(parent)
+        expected |= {str(model): log_probabilities(model) for model in (parent, child)}
     print(json.dumps(expected | {"prompts": PROMPTS}))
 
 
