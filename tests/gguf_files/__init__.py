@@ -224,6 +224,7 @@ EXPERT_WORDS = {"1": "gate", "2": "down", "3": "up"}
 
 def _named(names: gguf.TensorNameMap, name: str) -> str:
     """The name in the file, empty where gguf's tables do not know it."""
+    name = name.replace("experts.e_score", "gate.e_score")
     name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("dt_bias", "dt_proj.bias")
     name = re.sub(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj", name)  # a dense layer of Kimi Linear
     name = re.sub(r"feed_forward\.experts\.w(\d)", lambda m: f"mlp.experts.{EXPERT_WORDS[m[1]]}_proj", name)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tests.gguf_files.family import Config, Family, Written, block, joined, sigmoid
+from tests.gguf_files.plain import YARN
 
 
 def latent(config: Config) -> Config:
@@ -98,6 +99,23 @@ def _mistral4(config: Config) -> Config:
     }
 
 
+def _laguna(config: Config) -> Config:
+    full, near = (config["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
+    return sigmoid(config) | {
+        "attention.head_count": config["num_attention_heads_per_layer"],
+        "expert_weights_scale": config["moe_routed_scaling_factor"],
+        "expert_weights_norm": True,
+        "leading_dense_block_count": config["mlp_layer_types"].count("dense"),
+        "rope.freq_base": full["rope_theta"],
+        "rope.freq_base_swa": near["rope_theta"],
+        "rope.dimension_count": int(config["head_dim"] * full["partial_rotary_factor"]),
+        "rope.dimension_count_swa": int(config["head_dim"] * near["partial_rotary_factor"]),
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": YARN["factor"],
+        "rope.scaling.original_context_length": YARN["original_max_position_embeddings"],
+    }
+
+
 def _hy_v3(config: Config) -> Config:
     width = config["moe_intermediate_size"] * config["num_shared_experts"]
     return sigmoid(config) | {"expert_shared_feed_forward_length": width, "expert_weights_norm": True}
@@ -128,6 +146,21 @@ SHARED = {
         turned=_keys_and_values,
     ),
     "deepseek_v32": Family("deepseek32", engine=INDEXER, keys=_indexed, turned=_keys_and_values, named_as="glm-dsa"),
+    "laguna": Family(
+        "laguna",
+        overrides={
+            "num_hidden_layers": 5,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention"],
+            "num_attention_heads_per_layer": [4, 8, 8, 8, 4],
+            "moe_routed_scaling_factor": 2.5,
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 50000.0, "partial_rotary_factor": 0.5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            },
+        },
+        keys=_laguna,
+        named_as="step35",
+    ),
     "hy_v3": Family("hy_v3", keys=_hy_v3, turned=_bare_bias, named_as="exaone-moe"),
     "solar_open": Family("glm4moe", overrides={"rope_parameters": WHOLE}, keys=sigmoid),
     "glm4_moe": Family("glm4moe", keys=sigmoid),

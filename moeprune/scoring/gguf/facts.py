@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -106,17 +106,6 @@ def shortest(value: Any) -> Any:
     return next((float(text) for text in texts if struct.pack("<f", float(text)) == as_stored), value)
 
 
-def windows(facts: Facts, period: int) -> dict[str, Any]:
-    """Which layers attend within a window: as the file says, or all but every so many-th."""
-    key = "attention.sliding_window_pattern"
-    period = int(facts.checkpoint.config.get(f"{facts.architecture}.{key}", period))
-    slides = facts.each(key) or [(i + 1) % period for i in range(facts.layers)]
-    return {
-        "sliding_window": facts["attention.sliding_window"],
-        "layer_types": ["sliding_attention" if slides[i] else "full_attention" for i in range(facts.layers)],
-    }
-
-
 def rope(facts: Facts, **more: Any) -> dict[str, Any]:
     """The rotary embedding."""
     kind = str(facts.get("rope.scaling.type", "none"))
@@ -138,11 +127,15 @@ def rope(facts: Facts, **more: Any) -> dict[str, Any]:
     return found
 
 
-def layer_types(facts: Facts) -> list[str]:
-    """Which layers attend within a window; a file that gives a period and no list may count it in several ways."""
-    if not facts.each(key := "attention.sliding_window_pattern"):
+def layer_types(facts: Facts, usual: Callable[[int], object] | None = None) -> list[str]:
+    """Which layers attend within a window: by a list, or as usual; a period may be counted in several ways."""
+    if facts.each(key := "attention.sliding_window_pattern"):
+        slides = facts.by_layer(key)
+    elif usual is not None and facts.get(key) is None:
+        slides = [usual(layer) for layer in range(facts.layers)]
+    else:
         raise InputError(f"{facts.file} has no list {facts.architecture}.{key}; {INSTEAD}")
-    return ["sliding_attention" if slides else "full_attention" for slides in facts.by_layer(key)]
+    return ["sliding_attention" if within else "full_attention" for within in slides]
 
 
 def rotating_part(facts: Facts) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.errors import InputError
-from moeprune.scoring.gguf.facts import INSTEAD, Facts, rope, shortest, windows
+from moeprune.scoring.gguf.facts import INSTEAD, Facts, layer_types, rope, shortest
 from moeprune.scoring.gguf.model import AFTER, LATENT, Model, feed_forward, shared_expert
 from moeprune.scoring.gguf.turns import row
 
@@ -127,7 +127,9 @@ def _hunyuan(facts: Facts) -> dict[str, Any]:
 def _afmoe(facts: Facts) -> dict[str, Any]:
     if not facts.get("expert_weights_norm", False):
         raise InputError(f"{facts.file}: its experts' weights are not normed, which transformers cannot do; {INSTEAD}")
-    return windows(facts, period=4) | {
+    return {
+        "layer_types": layer_types(facts, usual=lambda i: (i + 1) % 4),
+        "sliding_window": facts["attention.sliding_window"],
         "num_experts": facts["expert_count"],
         "num_shared_experts": facts["expert_shared_count"],
         "moe_intermediate_size": facts.expert_width,
@@ -148,9 +150,41 @@ def _hy_v3(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _laguna(facts: Facts) -> dict[str, Any]:
+    heads, size = facts.by_layer("attention.head_count"), facts.head_dim
+    window = facts.get("attention.sliding_window") or None
+    part = facts["rope.dimension_count"] / size
+    near = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", facts["rope.freq_base"])}
+    return {
+        "num_experts": facts["expert_count"],
+        "moe_intermediate_size": facts.expert_width,
+        "shared_expert_intermediate_size": facts.shape("ffn_up_shexp.weight")[0],
+        "mlp_layer_types": ["dense" if i in facts.dense else "sparse" for i in range(facts.layers)],
+        "moe_routed_scaling_factor": facts.get("expert_weights_scale", 1.0) or 1.0,
+        "head_dim": size,
+        "num_attention_heads": heads[0],
+        "num_attention_heads_per_layer": heads,
+        "gating": facts.shape("attn_gate.weight")[0] == heads[0] or "per-element",
+        "sliding_window": window,
+        "layer_types": layer_types(facts, usual=lambda i: window and i % 4),
+        "rope_parameters": {
+            "full_attention": rope(facts, partial_rotary_factor=part),
+            "sliding_attention": near | {"partial_rotary_factor": facts.get("rope.dimension_count_swa", size) / size},
+        },
+        "attention_bias": facts.has("attn_q.bias"),
+    }
+
+
 def _exaone(facts: Facts) -> dict[str, Any]:
     names = {"num_experts": facts["expert_count"], "num_shared_experts": facts["expert_shared_count"]}
-    return _routed(facts) | windows(facts, period=4) | names
+    return (
+        _routed(facts)
+        | names
+        | {
+            "layer_types": layer_types(facts),
+            "sliding_window": facts["attention.sliding_window"],
+        }
+    )
 
 
 INDEXED = LATENT | {
@@ -182,6 +216,7 @@ TABLE = {
     "ernie4_5-moe": Model("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _ernie, ERNIE, turns={"exp_probs_b.bias": row}),
     "hunyuan-moe": Model("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _hunyuan, HUNYUAN),
     "afmoe": Model("afmoe", "AfmoeForCausalLM", _afmoe, AFMOE),
+    "laguna": Model("laguna", "LagunaForCausalLM", _laguna, {"attn_gate": "self_attn.g_proj"}),
     "exaone-moe": Model("exaone_moe", "ExaoneMoeForCausalLM", _exaone),
     "dots1": Model("dots1", "Dots1ForCausalLM", _routed),
 }
