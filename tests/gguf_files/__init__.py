@@ -230,7 +230,8 @@ def _named(names: gguf.TensorNameMap, name: str) -> str:
     name = re.sub(r"feed_forward\.experts\.w(\d)", lambda m: f"mlp.experts.{EXPERT_WORDS[m[1]]}_proj", name)
     name = re.sub(r"backbone(\.layers\.\d+)\.mixer\.experts", r"model\1.mlp.experts", name)
     name = re.sub(r"expert_bias$", "expert_bias.bias", name)
-    found = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
+    ways = (name, name.replace(".attention.", ".self_attn."))
+    found = next((found for way in ways if (found := names.get_name(way, try_suffixes=(".weight", ".bias")))), "")
     return f"{found}.weight" if found.endswith(BARE) else found
 
 

@@ -174,6 +174,24 @@ def _jamba(_config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
 
 GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
 
+
+def _bailing_keys(config: Config) -> Config:
+    bound = {"kda.safe_gate": True, "kda.gate_lower_bound": config["kda_lower_bound"]}
+    return _kimi_keys(config) | bound | {"ssm.conv_kernel": config["short_conv_kernel_size"]}
+
+
+def _bailing(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """As Kimi Linear, but A_log as exp, and two projections that gguf's older tables do not know."""
+    if name.endswith("A_log"):
+        yield stored_as, np.exp(array).reshape(-1, 1), lambda value: {name: _logarithm(value).reshape(array.shape)}
+    elif name.endswith(("f_proj.weight", "g_proj.weight")):
+        full = config["layer_types"][int(name.split(".")[2])] == "full_attention"
+        leaf = "ssm_f_a" if "f_proj" in name else "attn_gate" if full else "ssm_g_a"
+        yield f"{block(name)}.{leaf}.weight", array, lambda value: {name: value}
+    else:
+        yield from _kimi(config, stored_as, name, array)
+
+
 HYBRID = {
     "lfm2_moe": Family("lfm2moe", keys=_lfm2),
     "qwen3_5_moe_text": Family(
@@ -202,6 +220,14 @@ HYBRID = {
         turned=_granite,
     ),
     "jamba": Family("jamba", overrides={"num_hidden_layers": 4}, keys=_jamba_keys, turned=_jamba),
+    "bailing_hybrid": Family(
+        "bailingmoe3",
+        overrides={"kda_lower_bound": -3.0, "n_group": 2, "topk_group": 1},
+        engine={"initializer_range": 0.1},
+        keys=_bailing_keys,
+        turned=_bailing,
+        named_as="kimi-linear",
+    ),
     "nemotron_h": Family(
         "nemotron_h_moe",
         overrides={

@@ -18,6 +18,7 @@ from moeprune.scoring.gguf.turns import (
     flat,
     kernel,
     less_one,
+    logarithm_of_heads,
     one_after_another,
 )
 
@@ -107,31 +108,46 @@ def _nemotron(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _kimi(facts: Facts) -> dict[str, Any]:
-    rotary, heads, groups = (
-        facts["rope.dimension_count"],
-        facts["attention.head_count"],
-        facts.get("expert_group_count", 1),
-    )
+def _delta_and_latent(facts: Facts) -> dict[str, Any]:
+    rotary, groups = facts["rope.dimension_count"], facts.get("expert_group_count", 1) or 1
     return {
-        "num_key_value_heads": heads,
+        "num_key_value_heads": facts["attention.head_count"],
         "num_experts": facts["expert_count"],
         "num_shared_experts": facts["expert_shared_count"],
         "moe_intermediate_size": facts.expert_width,
         "mlp_layer_types": ["dense" if layer in facts.dense else "sparse" for layer in range(facts.layers)],
         "layer_types": _kinds(facts, "ssm_a", "linear_attention", "full_attention"),
         "routed_scaling_factor": facts.get("expert_weights_scale", 1.0) or 1.0,
-        "norm_topk_prob": True,  # as llama.cpp computes it
         "n_group": groups,
-        "topk_group": facts.get("expert_group_used_count", groups),
-        "q_lora_rank": facts.get("attention.q_lora_rank") or None,
+        "topk_group": facts.get("expert_group_used_count", groups) or groups,
         "kv_lora_rank": facts["attention.kv_lora_rank"],
         "qk_rope_head_dim": rotary,
         "qk_nope_head_dim": facts["attention.key_length_mla"] - rotary,
         "v_head_dim": facts["attention.value_length_mla"],
+    }
+
+
+def _kimi(facts: Facts) -> dict[str, Any]:
+    return _delta_and_latent(facts) | {
+        "norm_topk_prob": True,  # as llama.cpp computes it
+        "q_lora_rank": facts.get("attention.q_lora_rank") or None,
         "linear_head_dim": facts["kda.head_dim"],
-        "linear_num_heads": heads,
+        "linear_num_heads": facts["attention.head_count"],
         "linear_conv_kernel_dim": facts["ssm.conv_kernel"],
+    }
+
+
+def _bailing(facts: Facts) -> dict[str, Any]:
+    if any(facts.each("swiglu_clamp_exp") + facts.each("swiglu_clamp_shexp")):
+        raise InputError(f"{facts.file}: its experts clamp what they compute, which transformers does not; {INSTEAD}")
+    return _delta_and_latent(facts) | {
+        "norm_topk_prob": bool(facts.get("expert_weights_norm", False)),
+        "first_k_dense_replace": facts.leading_dense,
+        "head_dim": facts["kda.head_dim"],
+        "short_conv_kernel_size": facts["ssm.conv_kernel"],
+        "kda_safe_gate": bool(facts.get("kda.safe_gate", True)),
+        "kda_lower_bound": facts["kda.gate_lower_bound"],
+        "rope_theta": facts.get("rope.freq_base", 10000.0),
     }
 
 
@@ -232,6 +248,11 @@ FORGETTING = LATENT | {
     "ssm_beta": "self_attn.b_proj",
     "ssm_norm": "self_attn.o_norm",
 }
+BAILING = FORGETTING | {
+    "ssm_f_a": "self_attn.forget_gate.f_proj",
+    "ssm_g_a": "self_attn.g_proj",
+    "attn_gate": "self_attn.g_proj",
+}
 KERNELS = tuple(f"ssm_conv1d_{x}.weight" for x in "qkv")
 JAMBA = {
     "output_norm.weight": "model.final_layernorm.weight",
@@ -270,6 +291,14 @@ TABLE = {
         _kimi,
         FORGETTING,
         turns={"ssm_a": decay_in_grid} | dict.fromkeys(KERNELS, kernel),
+        made={"self_attn.conv1d.weight": Made(KERNELS, one_after_another)},
+    ),
+    "bailingmoe3": Model(
+        "bailing_hybrid",
+        "BailingHybridForCausalLM",
+        _bailing,
+        BAILING,
+        turns={"ssm_a": logarithm_of_heads} | dict.fromkeys(KERNELS, kernel),
         made={"self_attn.conv1d.weight": Made(KERNELS, one_after_another)},
     ),
     "granitehybrid": Model(

@@ -29,9 +29,19 @@ def less_one(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
     return value - 1
 
 
-def decay(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
-    """A_log, which is stored as -exp(A_log); in 64 bits, so that it does not depend on whose logarithm it is."""
-    return torch.log(-value.cpu().double()).to(value)
+def logarithm(_facts: Facts, value: torch.Tensor) -> torch.Tensor:
+    """A_log, which is stored as exp(A_log); in 64 bits, so that it does not depend on whose logarithm it is."""
+    return torch.log(value.cpu().double()).to(value)
+
+
+def decay(facts: Facts, value: torch.Tensor) -> torch.Tensor:
+    """A_log, which is stored as -exp(A_log)."""
+    return logarithm(facts, -value)
+
+
+def logarithm_of_heads(facts: Facts, value: torch.Tensor) -> torch.Tensor:
+    """A_log, which is stored as exp(A_log) in a column."""
+    return flat(facts, logarithm(facts, value))
 
 
 def decay_of_heads(facts: Facts, value: torch.Tensor) -> torch.Tensor:

@@ -217,6 +217,13 @@ def test_layers_at_unequal_distances(tmp_path):
         weights.config_of(open_checkpoint(file))
 
 
+def test_experts_that_clamp(tmp_path):
+    """The class of transformers knows no such limit."""
+    gguf_files.convert(parent("bailing_hybrid", tmp_path), tmp_path / "model.gguf", swiglu_clamp_exp=[0.0, 7.0, 7.0])
+    with pytest.raises(InputError, match="clamp what they compute, which transformers does not; score the original"):
+        weights.config_of(open_checkpoint(tmp_path / "model.gguf"))
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("rope.scaling.type", "longrope"), ("attention.layer_norm_rms_epsilon", None)]
 )
