@@ -12,15 +12,14 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moeprune.checkpoint import gguf
+from moeprune.checkpoint import gguf, hub
 from moeprune.checkpoint.headers import Tensor, read_header
 from moeprune.console import warn
-from moeprune.errors import InputError, MachineError, UsageError
+from moeprune.errors import InputError, UsageError
 from moeprune.metadata import digest, read_json
 
 __all__ = ["Checkpoint", "Tensor", "check_outside", "fingerprint", "locate_model", "open_checkpoint"]
@@ -103,14 +102,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    """A GGUF model: its config is the flat list of key-value pairs, arrays left out."""
     files = gguf.split_set(path.absolute())  # not resolved: in the hub cache only the link has the name
-    headers = {file: gguf.read_header(file) for file in files}
+    return of_gguf({file: gguf.read_header(file) for file in files})
+
+
+def of_gguf(headers: Mapping[Path, gguf.Header]) -> Checkpoint:
+    """A GGUF model: its config is the flat list of key-value pairs, arrays left out."""
+    files = tuple(headers)
     return Checkpoint(
         folder=files[0].parent,
         config=gguf.values(list(headers.values())),
         tensors=_merged({file: header.tensors for file, header in headers.items()}),
-        shards=tuple(files),
+        shards=files,
         shard_metadata={},
         index=None,
         side_files=(),
@@ -240,78 +243,38 @@ def locate_model(model: str, token: str = "") -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
-    match = re.fullmatch(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<quant>[\w.-]+))?(@(?P<revision>[\w./-]+))?", model)
-    if match is None or model.startswith("."):
-        raise InputError(f"no model at {model}; give a folder that exists, or a hub id such as Qwen/Qwen3-30B-A3B")
-    repo, quant = match["repo"], match["quant"]
-    if not quant:
-        folder = _download(repo, match["revision"], token, never=SECOND_COPIES)
+    address = hub.parse(model)
+    if not address.quant:
+        folder = hub.download(address, token, never=SECOND_COPIES)
         if not (folder / "config.json").is_file():
+            repo = address.repo
             raise InputError(f"{repo} has no config.json; if it is a repository of GGUF files, name one: {repo}:Q4_K_M")
         return folder
-    wanted = [f"{start}{word}[-./]*gguf" for word in {quant, quant.lower(), quant.upper()} for start in ("", "*[-._/]")]
-    return _quant_of(_download(repo, match["revision"], token, only=wanted, never=("*mmproj*",)), quant, model)
+    return fetched_gguf(address, token)
 
 
-def _quant_of(folder: Path, quant: str, model: str) -> Path:
-    """The first file of the one GGUF model in a folder that is named after these numbers, such as Q4_K_M."""
-    named = re.compile(rf"(^|[-._/]){re.escape(quant)}[-./]", re.IGNORECASE)
-    files = [file.relative_to(folder) for file in sorted(folder.rglob("*.gguf"))]
-    found = _only_gguf(folder, [file for file in files if named.search(file.as_posix())])
+def fetched_gguf(address: hub.Address, token: str, *, local: bool = False) -> Path:
+    """The first file of a GGUF model of the hub, fetched if it is not here and `local` does not forbid it."""
+    words = {address.quant or "", (address.quant or "").lower(), (address.quant or "").upper()}
+    wanted = [f"{start}{word}[-./]*gguf" for word in words for start in ("", "*[-._/]")]
+    folder = hub.download(address, token, only=wanted, never=("*mmproj*",), local=local)
+    return folder / named_gguf(address, [file.relative_to(folder) for file in sorted(folder.rglob("*.gguf"))])
+
+
+def named_gguf(address: hub.Address, files: Sequence[Path]) -> Path:
+    """The first file of the one GGUF model of a repository that is named after these numbers, such as Q4_K_M."""
+    named = re.compile(rf"(^|[-._/]){re.escape(address.quant or '')}[-./].*gguf", re.IGNORECASE)
+    models = [file for file in files if named.search(file.as_posix()) and "mmproj" not in file.name]
+    found = _only_gguf(Path(address.repo), models)
     if found is None:
-        raise InputError(
-            f"{model}: the repository has no GGUF file with {quant} in its name; look there for one it has"
-        )
-    return found
+        numbers = f"{address.quant} in its name; look there for one it has"
+        raise InputError(f"{address.text}: the repository has no GGUF file with {numbers}")
+    return found.relative_to(address.repo)
 
 
 # What a repository may hold beside the weights: the same once more in another container.
 SECOND_COPIES = ("original/*", "metal/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.h5", "*.msgpack", "*.gguf",
                  "consolidated*")  # fmt: skip
-
-
-def _download(
-    repo: str, revision: str | None, token: str, *, only: Sequence[str] = (), never: Sequence[str] = ()
-) -> Path:
-    """Fetch a model from the hub, as far as the patterns want it."""
-    try:
-        from huggingface_hub import get_session, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-    except ImportError:
-        raise MachineError(
-            f"huggingface_hub is not installed, so {repo} cannot be fetched; install it or give a folder"
-        ) from None
-    # The library lets errors of its HTTP client through, which is another package in each of its releases.
-    transport = import_module(type(get_session()).__module__.partition(".")[0])
-    try:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                token=token or None,
-                allow_patterns=list(only) or None,
-                ignore_patterns=list(never),
-            )
-        )
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"the hub knows no model {repo} (or it is private: set HF_TOKEN); a local folder works too"
-        ) from None
-    except HFValidationError:
-        raise InputError(f"no folder at {repo}, and no model of the hub has such a name; check the path") from None
-    except (HfHubHTTPError, transport.HTTPError, OSError, ValueError) as error:  # what answers need not be a hub
-        reason = innermost(error)
-        raise MachineError(
-            f"{repo} is no folder here, and the hub did not deliver it ({reason}); give the folder of a model on this "
-            "disk, or try again when the hub answers (a private model needs HF_TOKEN)"
-        ) from None
-
-
-def innermost(error: BaseException) -> str:
-    """What went wrong first, in one line: the library wraps it in advice for programmers."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_outside(model: Path, place: Path) -> None:

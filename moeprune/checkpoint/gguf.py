@@ -11,10 +11,10 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moeprune.checkpoint.headers import Tensor
 from moeprune.errors import InputError
@@ -81,10 +81,18 @@ class Header:
     alignment: int
 
 
+class Bytes(Protocol):
+    """Those of a whole file, wherever they are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
+
+
 class _Reader:
     """A cursor over the bytes of a file that never trusts a length."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: Bytes) -> None:
         self.path, self.data, self.at = path, data, 0
 
     def number(self, code: str) -> Any:
@@ -93,7 +101,8 @@ class _Reader:
 
     def skip(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
-            raise InputError(f"{self.path} is truncated or damaged: {size} bytes wanted at {self.at}; fetch it again")
+            wanted = f"{size:,} bytes wanted at {self.at:,}"
+            raise InputError(f"{self.path} is truncated or damaged: {wanted}; fetch it again")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -135,10 +144,11 @@ def read_header(path: Path) -> Header:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path} is no GGUF file: it does not begin with GGUF")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(path, data)
+            return parse(path, data)
 
 
-def _parse(path: Path, data: mmap.mmap) -> Header:
+def parse(path: Path, data: Bytes) -> Header:
+    """The header at the beginning of a file's bytes."""
     reader = _Reader(path, data)
     reader.skip(4)
     version = reader.number("I")
@@ -163,7 +173,7 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
 
 def _sane(path: Path, count: int, size: int) -> int:
     if count > size // 8:
-        raise InputError(f"{path} has a damaged header: {count} entries cannot fit into {size} bytes")
+        raise InputError(f"{path} has a damaged header: {count:,} entries cannot fit into {size:,} bytes")
     return count
 
 
@@ -197,7 +207,7 @@ def _check_places(path: Path, tensors: Sequence[Tensor], size: int) -> None:
             raise InputError(f"{path}: tensor {tensor.name} overlaps the one before it; the file is damaged")
         end = tensor.end
     if end > size:
-        raise InputError(f"{path} is truncated: {size} bytes, its tensors need {end}; fetch the file again")
+        raise InputError(f"{path} is truncated: {size:,} bytes, its tensors need {end:,}; fetch the file again")
 
 
 def _aligned(at: int, alignment: int) -> int:
@@ -264,14 +274,14 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def split_set(path: Path) -> list[Path]:
+def split_set(path: Path, there: Callable[[Path], bool] = Path.is_file) -> list[Path]:
     """All files of the set that a file belongs to, in order; the file alone when it is no part of one."""
     match = SPLIT.fullmatch(path.name)
     if match is None:
         return [path]
     count = int(match["count"])
     files = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not there(file)]
     if missing:
         raise InputError(f"{path} is part of a set of {count}, but {missing[0]} is missing; fetch it again")
     return files

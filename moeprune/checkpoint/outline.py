@@ -1,24 +1,24 @@
 """The tensors of a model whose weights need not be here: from headers where these can be had, else predicted.
 
 complete folder, GGUF file      headers on this disk
-hub id                          headers at the hub, a few hundred kB for each shard
+hub id                          headers at the hub, a few hundred kB for each shard, a few MB of a GGUF file
 config.json and the index       names and total size are read; sizes of experts follow from the config
 """
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
-from moeprune.checkpoint.folder import INDEX, Checkpoint, innermost, open_checkpoint
+from moeprune.checkpoint import gguf, hub
+from moeprune.checkpoint.folder import INDEX, Checkpoint, fetched_gguf, named_gguf, of_gguf, open_checkpoint
 from moeprune.checkpoint.headers import Tensor
 from moeprune.checkpoint.predicted import index_of, predicted, without_weights
-from moeprune.errors import InputError, MachineError, UsageError
+from moeprune.errors import StageError, UsageError
 from moeprune.metadata import read_json
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
+IN_CACHE = "headers in the hub's cache on this disk"
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,8 @@ def open_outline(model: str, token: str = "") -> Outline:
         return Outline(predicted(path), False, "names and total size from the index, sizes of experts from config.json")
     if path.exists():
         return Outline(open_checkpoint(path), True, "headers on this disk")
-    if not HUB_ID.fullmatch(model):
-        raise InputError(f"no model at {model}; give a folder that exists, or a hub id such as Qwen/Qwen3-30B-A3B")
-    repo, _, revision = model.partition("@")
-    try:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        raise MachineError(f"huggingface_hub is not installed, so {repo} cannot be asked for; give a folder") from None
-    try:
-        cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
-    except HFValidationError:
-        raise InputError(f"no folder at {repo}, and no model of the hub has such a name; check the path") from None
-    if isinstance(cached, str) and _is_complete(Path(cached).parent):
-        return Outline(open_checkpoint(Path(cached).parent), True, "headers in the hub's cache on this disk")
-    return Outline(_from_hub(repo, revision or None, token), True, "headers at the hub")
+    address = hub.parse(model)
+    return _gguf_at_hub(address, token) if address.quant else _at_hub(address, token)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -65,36 +52,32 @@ def _is_complete(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _from_hub(repo: str, revision: str | None, token: str) -> Checkpoint:
+def _at_hub(address: hub.Address, token: str) -> Outline:
     """Config and headers; the library fetches the headers by range."""
-    from huggingface_hub import HfApi, get_session
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        NotASafetensorsRepoError,
-        RepositoryNotFoundError,
-        SafetensorsParsingError,
-    )
+    with hub.answering(address.repo, f"a folder with config.json and {INDEX} is enough"):
+        from huggingface_hub import HfApi, try_to_load_from_cache
 
-    # The library lets errors of its HTTP client through, which is another package in each of its releases.
-    transport = import_module(type(get_session()).__module__.partition(".")[0])
-    api = HfApi(token=token or None)
-    try:
+        repo, revision = address.repo, address.revision
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+        if isinstance(cached, str) and _is_complete(Path(cached).parent):
+            return Outline(open_checkpoint(Path(cached).parent), True, IN_CACHE)
+        api = HfApi(token=token or None)
         found = api.get_safetensors_metadata(repo, revision=revision)
         config = read_json(Path(api.hf_hub_download(repo, "config.json", revision=revision)), "the model's config.json")
-    except (RepositoryNotFoundError, NotASafetensorsRepoError):
-        raise InputError(
-            f"the hub shows no safetensors weights of {repo}: check the name; a private model needs HF_TOKEN, "
-            "and a GGUF file has to be on this disk"
-        ) from None
-    # What answers need not be a hub, and then sends anything.
-    except (HfHubHTTPError, EntryNotFoundError, SafetensorsParsingError, transport.HTTPError, OSError, ValueError) as e:
-        raise MachineError(
-            f"{repo} is no folder here, and the hub did not answer ({innermost(e)}); "
-            f"a folder with config.json and {INDEX} is enough"
-        ) from None
     tensors = {}
     for file, header in found.files_metadata.items():
         for name, info in header.tensors.items():
             tensors[name] = Tensor(name, info.dtype, tuple(info.shape), Path(file), *info.data_offsets)
-    return without_weights(Path(repo), config, tensors)
+    return Outline(without_weights(Path(address.repo), config, tensors), True, "headers at the hub")
+
+
+def _gguf_at_hub(address: hub.Address, token: str) -> Outline:
+    """The headers of one GGUF model of a repository."""
+    with suppress(StageError):
+        return Outline(open_checkpoint(fetched_gguf(address, token, local=True)), True, IN_CACHE)
+    with hub.answering(address.repo, "give a GGUF file on this disk"):
+        names = hub.file_names(address, token)
+        files = gguf.split_set(named_gguf(address, names), names.__contains__)
+        place = Path(address.repo)
+        headers = {place / file: gguf.parse(place / file, hub.Distant(address, file, token)) for file in files}
+    return Outline(of_gguf(headers), True, "headers at the hub")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+import plan
+from moeprune.checkpoint import hub
 from moeprune.checkpoint.folder import locate_model, open_checkpoint
-from moeprune.errors import InputError
+from moeprune.checkpoint.outline import open_outline
+from moeprune.errors import InputError, MachineError
 from tests.checkpoint import test_gguf
+from tests.checkpoint.stand_in import Repository, served
 
-COMMIT = "c" * 40
 WHOLE = test_gguf.build(test_gguf.ENTRIES, test_gguf.TENSORS)[0]
 HALVES = (dict(list(test_gguf.TENSORS.items())[:9]), dict(list(test_gguf.TENSORS.items())[9:]))
 FILES = {
@@ -31,48 +30,11 @@ FILES = {
 
 
 @pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[set[str]]:
-    """A hub with this one repository, and the names of the files that were fetched from it."""
-    asked: set[str] = set()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name = re.sub(r"^/maker/model/resolve/[^/]+/|\?.*$", "", self.path)
-            if "/tree/" in self.path:
-                tree = [{"type": "file", "path": n, "size": len(data), "oid": "0" * 40} for n, data in FILES.items()]
-                self.answer(json.dumps(tree).encode())
-            elif self.path.startswith("/api/"):
-                body = json.dumps({"id": "maker/model", "sha": COMMIT, "siblings": [{"rfilename": n} for n in FILES]})
-                self.answer(body.encode())
-            elif name in FILES:
-                asked.update({name} if self.command == "GET" else ())
-                self.answer(FILES[name])
-
-        do_HEAD = do_GET
-
-        def answer(self, body: bytes) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.end_headers()
-            self.wfile.write(body if self.command == "GET" else b"")
-
-        def log_message(self, *_args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    place = f"http://127.0.0.1:{server.server_port}"
-    files = place + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    yield asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Repository]:
+    """A hub with this one repository."""
+    repository = Repository(FILES)
+    with served(repository, monkeypatch, tmp_path):
+        yield repository
 
 
 @pytest.mark.parametrize(
@@ -82,17 +44,55 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[set[str
         ("maker/model:q8_0@main", {name for name in FILES if name.startswith("Q8_0/")}),
     ],
 )
-def test_one_model_is_fetched(model, names, fetched):
+def test_one_model_is_fetched(model, names, repository):
     file = locate_model(model)
     assert file.name == min(names).rpartition("/")[2]
     assert set(open_checkpoint(file).tensors) == set(test_gguf.TENSORS)
-    assert fetched == names
+    assert repository.sent.keys() == names
+    repository.sent.clear()
+    assert open_outline(model).checkpoint.tensors == open_checkpoint(file).tensors
+    assert not repository.sent  # it is in the cache
 
 
-def test_numbers_that_the_repository_does_not_have(fetched):
-    with pytest.raises(InputError, match=r"maker/model:Q2_K: the repository has no GGUF file with Q2_K"):
-        locate_model("maker/model:Q2_K")
-    assert not fetched
+def test_numbers_that_the_repository_does_not_have(repository):
+    for ask in (locate_model, open_outline):
+        with pytest.raises(InputError, match=r"maker/model:Q2_K: the repository has no GGUF file with Q2_K"):
+            ask("maker/model:Q2_K")
+    assert not repository.sent
     with pytest.raises(InputError, match=r"has no config\.json.*name one: maker/model:Q4_K_M"):
         locate_model("maker/model")
-    assert fetched == {"README.md"}
+    assert repository.sent.keys() == {"README.md"}
+    with pytest.raises(InputError, match=r"no safetensors weights.*GGUF file is named.*maker/model:Q4_K_M"):
+        open_outline("maker/model")
+
+
+@pytest.mark.parametrize("model", ["maker/model:Q4_K_M", "maker/model:q8_0@main"])
+def test_of_a_model_that_stays_there_only_the_header_is_read(model, repository, monkeypatch, tmp_path):
+    """In pieces that are smaller than it, so that it takes several requests."""
+    monkeypatch.setattr(hub, "STEP", 64)
+    outline = open_outline(model)
+    assert outline.measured
+    sent, whole = dict(repository.sent), sum(len(FILES[name]) for name in repository.sent)
+    here = open_checkpoint(locate_model(model))
+    assert outline.checkpoint.config == here.config
+    found, wanted = ({n: t._replace(file="") for n, t in c.tensors.items()} for c in (outline.checkpoint, here))
+    assert found == wanted
+    assert 0 < sum(sent.values()) < whole / 4
+    assert max(sent.values()) > 64
+
+
+def test_it_is_planned(repository, monkeypatch, tmp_path, capsys):
+    words = ["--output-path", str(tmp_path), "--read-rate", "1GB", "--compute-rate", "1"]
+    plan.main(["--model-path", "maker/model:Q4_K_M", *words])
+    distant = json.loads(capsys.readouterr().out)
+    assert "model-Q4_K_M.gguf" in repository.sent
+    plan.main(["--model-path", str(locate_model("maker/model:Q4_K_M")), *words])
+    here = json.loads(capsys.readouterr().out)
+    assert distant["cuts"] == here["cuts"]
+    assert (distant["model"]["source"], here["model"]["source"]) == ("headers at the hub", "headers on this disk")
+
+
+def test_a_hub_that_sends_no_parts_is_not_read_in_whole(repository):
+    repository.knows_ranges = False
+    with pytest.raises(MachineError, match=r"sends no parts of files.*give a GGUF file on this disk"):
+        open_outline("maker/model:Q4_K_M")

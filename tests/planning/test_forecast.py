@@ -8,8 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from moeprune.planning.rates import Rate, Rates
 from moeprune.settings import resolve
 from tests import handmade, tiny
 from tests.checkpoint import test_gguf
+from tests.checkpoint.stand_in import Repository, serving
 from tests.pruning import cutting
 
 ROOT = Path(__file__).parents[2]
@@ -341,65 +340,19 @@ def test_the_command_writes_nothing_and_needs_no_torch(tmp_path):
     assert len(list(folder.iterdir())) == 2
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of a hub as the library asks for: one model, its files whole or in ranges."""
-
-    folder: Path
-    sent: list[tuple[str, int]]
-
-    def do_HEAD(self):
-        self._answer(with_body=False)
-
-    def do_GET(self):
-        self._answer(with_body=True)
-
-    def _answer(self, with_body):
-        path = self.folder / self.path.rpartition("/")[2]
-        known = self.path.startswith("/maker/model/resolve/main/")
-        if not known or not path.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data = path.read_bytes()
-        ranged = self.headers.get("Range")
-        if ranged and with_body:
-            first, last = ranged.removeprefix("bytes=").split("-")
-            data = data[int(first) : int(last) + 1]
-        self.send_response(206 if ranged and with_body else 200)
-        for name, value in (("ETag", f'"{path.name}"'), ("X-Repo-Commit", "a" * 40), ("Content-Length", len(data))):
-            self.send_header(name, str(value))
-        self.end_headers()
-        if with_body:
-            self.sent.append((path.name, len(data)))
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path):
-    Hub.folder, Hub.sent = model(tmp_path / "full"), []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_model_at_the_hub_costs_only_its_headers(hub, tmp_path):
-    home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"}
-    done = run("--model-path", "maker/model", **home)
+def test_a_model_at_the_hub_costs_only_its_headers(tmp_path):
+    repository = Repository({file.name: file.read_bytes() for file in model(tmp_path / "full").iterdir()})
+    with serving(repository) as hub:
+        home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"}
+        done = run("--model-path", "maker/model", **home)
+        absent = run("--model-path", "maker/other", **home)
     assert done.returncode == 0, done.stderr[-2000:]
     found, here = json.loads(done.stdout), foretold(tmp_path / "full")
     assert found["model"]["source"] == "headers at the hub"
     assert [cut["after_bytes"] for cut in found["cuts"]] == [cut["after_bytes"] for cut in here["cuts"]]
     assert found["model"]["layer_bytes"] == here["model"]["layer_bytes"]
-    assert max(size for name, size in Hub.sent if name.endswith(".safetensors")) <= 100_001
+    assert max(size for name, size in repository.sent.items() if name.endswith(".safetensors")) <= 100_001
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
-    absent = run("--model-path", "maker/other", **home)
     assert absent.returncode == InputError.exit_code
     assert "no safetensors weights of maker/other" in absent.stderr.splitlines()[-1]
 
@@ -409,5 +362,5 @@ def test_no_hub_is_one_line(tmp_path):
         "--model-path", "maker/model", HOME=str(tmp_path), HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9"
     )
     assert done.returncode == MachineError.exit_code
-    assert "did not answer" in done.stderr.splitlines()[-1]
+    assert "the hub did not deliver it" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
