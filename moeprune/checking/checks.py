@@ -135,7 +135,7 @@ def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
 
 
 # What the last line tells, in this order, and how it calls it.
-WORDS = {"answers": "right answers", "JSON": "valid JSON", "tool calls": "right tool calls",
+WORDS = {"answers": "right answers", "JSON": "valid JSON", "tool calls": "right JSON keys",
          "generated text": "broken texts", "loops": "looping texts", "endings": "texts without an end"}  # fmt: skip
 TOLD = (*WORDS, "script", "loss", "same top token", "worst domain")
 ALIKE = "limit the parent's rate, but for chance"

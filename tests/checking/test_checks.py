@@ -156,12 +156,12 @@ def test_the_last_line_says_what_was_lost_and_counts():
         return checks.closing(checks.run(report(**changes), Settings()))
 
     assert closing({}) == (
-        "with losses: right answers 98% -> 84%, valid JSON 100% -> 85%, right tool calls 100% -> 82%, "
+        "with losses: right answers 98% -> 84%, valid JSON 100% -> 85%, right JSON keys 100% -> 82%, "
         "loss 1.00 -> 1.39, same top token 90%, worst domain python (loss 1.00 -> 2.30); "
         "13 of 13 checks passed, 7 with a warning"
     )
     failing = closing({"loop": rate(48, 800, 24), "structure": None})
-    assert "right tool calls 100% -> 82%, looping texts 3.0% -> 6.0%, loss" in failing
+    assert "right JSON keys 100% -> 82%, looping texts 3.0% -> 6.0%, loss" in failing
     assert failing.endswith("; 1 failed (loops), 11 of 13 checks passed, 7 with a warning, 1 not tested (structure)")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from moeprune.checking import judge, model_card, preview, report
 from moeprune.checking.case import find
-from moeprune.checking.report import markup
+from moeprune.checking.report import before, markup
 from moeprune.checking.report.drawing import Chart, Line, draw, ticks
 from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
@@ -110,6 +110,14 @@ def test_tables_sort_pairs_filter_and_the_heat_map_orders(output, browser):
     assert all(width > 0.5 for x, width in after if x < 8)  # the best experts stay
     browser.run(choose.format("domain", "load"))
     assert browser.errors == []
+
+
+def test_a_pass_with_losses_does_not_look_like_one_without():
+    found = {"inputs": {}, "verdict": "pass", "summary": "13 of 13 checks passed"}
+    assert 'class="chip pass"' in before.head({}, found)
+    lossy = before.head({}, found | {"summary": "with losses: right answers 98% -> 64%; 13 of 13 checks passed"})
+    assert 'class="chip warning"' in lossy and "chip pass" not in lossy
+    assert "pass with losses</span> <b>right answers" in lossy
 
 
 class _Balance(HTMLParser):

@@ -9,6 +9,7 @@ from moeprune.checking.report.drawing import whisker
 from moeprune.checking.report.markup import Html, chip, join, number, percent, section, table, tag
 
 Json = dict[str, Any]
+SEVERITY = ("fail", "warning", "not tested", "pass")
 OPEN = 12  # pairs that are shown at once
 
 
@@ -59,13 +60,12 @@ def _tile(title: str, value: str, under: str) -> Html:
 
 
 def checks(test: Json) -> Html | None:
-    """Every verdict with its reason."""
+    """Every verdict with its reason, the worst first."""
     if not test:
         return None
-    rows = []
-    for check in test["checks"]:
-        word = "warning" if check["warning"] and check["status"] == "pass" else check["status"]
-        rows.append(tag("li", chip(word), tag("span", tag("b", check["name"]), " ", check["reason"])))
+    found = [("warning" if c["warning"] and c["status"] == "pass" else c["status"], c) for c in test["checks"]]
+    found.sort(key=lambda entry: SEVERITY.index(entry[0]))
+    rows = [tag("li", chip(word), tag("span", tag("b", c["name"]), " ", c["reason"])) for word, c in found]
     return section("Checks", tag("ul", *rows, class_="checks"), anchor="checks")
 
 

@@ -40,26 +40,34 @@ def head(recipe: Json, test: Json) -> Html:
         words.append(f"chosen by {plan.get('how', {}).get('metric', 'a plan')}")
     if facts.get("model_type"):
         words.append(str(facts["model_type"]))
-    verdict = tag("p", chip(_word(test)), f" {test['summary']}", class_="verdict") if test else None
+    verdict = _verdict(test) if test else None
     return tag("header", tag("p", "Expert pruning report", class_="eyebrow"), tag("h1", model_name(recipe, test)),
                tag("p", " \u00b7 ".join(words), class_="lead"), verdict)  # fmt: skip
 
 
-def _word(test: Json) -> str:
+def _verdict(test: Json) -> Html:
     """A pass with losses does not look like one without."""
-    lossy = test["verdict"] == "pass" and any(check.get("lost") for check in test["checks"])
-    return "pass with losses" if lossy else str(test["verdict"])
+    word = str(test["verdict"])
+    losses, _, counts = str(test["summary"]).rpartition("; ")
+    if not losses:
+        return tag("p", chip(word), f" {counts}", class_="verdict")
+    lost = tag("b", losses.removeprefix("with losses: "))
+    sign = chip(f"{word} with losses", "warning" if word == "pass" else word)
+    return join((tag("p", sign, " ", lost, class_="verdict"), tag("p", counts, class_="note")))
 
 
 def warnings(recipe: Json, preview: Json, test: Json) -> Html | None:
     """Everything to be warned of, failures first."""
     failed = [f"{check['name']}: {check['reason']}" for check in test.get("checks", []) if check["status"] == "fail"]
     others = [w for result in (test, recipe, preview) for w in result.get("warnings", [])]
-    others = [text for text in dict.fromkeys(map(str, others)) if text not in failed]
+    listed = {f"{check['name']}: {check['reason']}" for check in test.get("checks", [])}  # right below, worst first
+    others = [text for text in dict.fromkeys(map(str, others)) if text not in listed]
     if not failed and not others:
         return None
     items = [tag("li", text, class_="fail") for text in failed] + [tag("li", text) for text in others]
-    title = f"{len(failed)} failed, {len(others)} to read first" if failed else f"{len(others)} warnings to read first"
+    parts = [f"{len(failed)} failed"] if failed else []
+    parts += [f"{len(others)} warning{'s' * (len(others) > 1)} to read first"] if others else []
+    title = ", ".join(parts)
     return tag("section", tag("h2", title), tag("ul", *items), class_="warnings", id="warnings")
 
 
@@ -183,7 +191,8 @@ def coverage(recipe: Json) -> Html | None:
         return None
     stability = plan.get("calibration", {})
     agree = list(stability.get("jaccard", {}).values())
-    facts = [str(stability["verdict"])] if stability.get("verdict") else []
+    verdict = str(stability.get("verdict") or "")
+    facts = [verdict[0].upper() + verdict[1:] + "."] if verdict else []
     if agree:
         halves = f"{number(float(np.mean(agree)), 2)} on average, {number(min(agree), 2)} in the worst layer"
         facts.append(f"Kept sets of two halves of the calibration agree (Jaccard) by {halves}.")

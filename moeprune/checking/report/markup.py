@@ -65,12 +65,10 @@ def _cell(cell: Any) -> Html:
     return tag("td", cell)
 
 
-def chip(word: str) -> Html:
-    """A status: a coloured word with a sign, so that colour is not all."""
-    kind = word.replace(" ", "-")
-    sign = {"pass": "\u2713", "fail": "\u2717", "warning": "!", "pass-with-losses": "!", "not-tested": "\u2013"}.get(
-        kind, "\u00b7"
-    )
+def chip(word: str, like: str = "") -> Html:
+    """A status: a coloured word with a sign, so that colour is not all; it may look like another."""
+    kind = (like or word).replace(" ", "-")
+    sign = {"pass": "\u2713", "fail": "\u2717", "warning": "!", "not-tested": "\u2013"}.get(kind, "\u00b7")
     return tag("span", tag("b", sign, aria_hidden="true"), f" {word}", class_=f"chip {kind}")
 
 
