@@ -110,29 +110,6 @@ def _granite_swa(config: Config, stored_as: str, name: str, array: np.ndarray) -
     yield from rotated(config, stored_as, name, array)
 
 
-def _laguna_keys(config: Config) -> Config:
-    rope = config["rope_parameters"]
-    return sigmoid(config) | {
-        "attention.head_count": config["num_attention_heads_per_layer"],
-        "expert_weights_norm": True,
-        "expert_weights_scale": config["moe_routed_scaling_factor"],
-        "rope.freq_base": rope["full_attention"]["rope_theta"],
-        "rope.freq_base_swa": rope["sliding_attention"]["rope_theta"],
-        "rope.dimension_count": config["head_dim"] // 2,
-        "rope.dimension_count_swa": config["head_dim"],
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": YARN["factor"],
-        "rope.scaling.original_context_length": YARN["original_max_position_embeddings"],
-    }
-
-
-def _laguna(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
-    places = {"g_proj.weight": "attn_gate.weight", "e_score_correction_bias": "exp_probs_b.bias"}
-    for ending, place in places.items():
-        if name.endswith(ending):
-            yield f"{block(name)}.{place}", array, lambda value: {name: value}
-
-
 def _dbrx_keys(config: Config) -> Config:
     attention, experts = config["attn_config"], config["ffn_config"]
     return {
@@ -201,21 +178,6 @@ PLAIN = {
         keys=_granite_swa_keys,
         turned=_granite_swa,
         named_as="granitemoe",
-    ),
-    "laguna": Family(
-        "laguna",
-        overrides={
-            "num_attention_heads_per_layer": [4, 2, 2],
-            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-            "moe_routed_scaling_factor": 2.5,
-            "rope_parameters": {
-                "full_attention": YARN | {"rope_theta": 50000.0, "partial_rotary_factor": 0.5},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-            },
-        },
-        keys=_laguna_keys,
-        turned=_laguna,
-        named_as="dots1",
     ),
     "gemma4_text": Family(
         "gemma4",

@@ -113,31 +113,6 @@ def _granite_swa(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _laguna(facts: Facts) -> dict[str, Any]:
-    """As llama.cpp has it, one layer in four attends to everything, and the first of them."""
-    window, heads = facts.get("attention.sliding_window", 0), facts.by_layer("attention.head_count")
-    if facts.get("expert_gating_func", SIGMOID) != SIGMOID or not facts["expert_weights_norm"]:
-        raise InputError(f"{facts.file}: its router weighs experts as transformers does not; {INSTEAD}")
-    kinds = ["sliding_attention" if window and i % 4 else "full_attention" for i in range(facts.layers)]
-    whole = rotating_part(facts)
-    own = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", whole["rope_theta"])}
-    own["partial_rotary_factor"] = facts.get("rope.dimension_count_swa", facts.head_dim) / facts.head_dim
-    return {
-        "num_experts": facts["expert_count"],
-        "moe_intermediate_size": facts.expert_width,
-        "shared_expert_intermediate_size": facts.shape("ffn_up_shexp.weight")[0],
-        "moe_routed_scaling_factor": facts["expert_weights_scale"],
-        "mlp_layer_types": ["dense" if i < facts.leading_dense else "sparse" for i in range(facts.layers)],
-        "layer_types": layer_types(facts) if facts.each("attention.sliding_window_pattern") else kinds,
-        "sliding_window": window or 1,
-        "num_attention_heads_per_layer": heads,
-        "head_dim": facts.head_dim,
-        "gating": True if facts.shape("attn_gate.weight")[0] == heads[0] else "per-element",
-        "attention_bias": facts.has("attn_q.bias"),
-        "rope_parameters": {"full_attention": whole, "sliding_attention": own},
-    }
-
-
 def _mimo2(facts: Facts) -> dict[str, Any]:
     kinds, heads = layer_types(facts), facts.by_layer("attention.head_count_kv")
     few = dict(zip(kinds, heads, strict=True)).get("full_attention", heads[0])
@@ -329,6 +304,5 @@ TABLE = {
         experts="block_sparse_moe.experts",
         permuted=True,
     ),
-    "laguna": Model("laguna", "LagunaForCausalLM", _laguna, {"attn_gate": "self_attn.g_proj"}),
     "gemma4": Model("gemma4_text", "Gemma4ForCausalLM", _gemma4, GEMMA4, experts="experts"),
 }
