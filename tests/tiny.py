@@ -168,6 +168,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("MiniMaxForCausalLM", {}),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
     "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", {}),
+    "minimax_m3_vl_text": (
+        "MiniMaxM3VLForCausalLM",
+        SPARSE | {"layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
+    ),
     "mistral4": ("Mistral4ForCausalLM", MLA),
     "mistral_large4": ("MistralLarge4ForConditionalGeneration", MLA),
     "muse_spark": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -116,6 +117,33 @@ def _laguna(config: Config) -> Config:
     }
 
 
+def _minimax_m3(config: Config) -> Config:
+    names = {"head_count": "index_n_heads", "key_length": "index_head_dim", "top_k": "index_topk_blocks"}
+    names |= {"block_size": "index_block_size", "local_blocks": "index_local_blocks"}
+    return sigmoid(config) | {
+        "feed_forward_length": config["dense_intermediate_size"],
+        "expert_feed_forward_length": config["intermediate_size"],
+        "expert_shared_count": config["shared_intermediate_size"] // config["intermediate_size"],
+        "expert_weights_norm": True,
+        **{f"attention.indexer.{key}": config[name] for key, name in names.items()},
+    }
+
+
+def _minimax_m3_turned(config: Config, stored_as: str, name: str, array: np.ndarray) -> Iterator[Written]:
+    """Norms as w + 1; gate and up apart; the indexer under its own names."""
+    if indexer := re.search(r"indexer\.\w+\.weight", name):
+        stored_as = f"{block(name)}.{indexer[0]}"
+    if "norm" in name:
+        yield stored_as, array + np.float32(1), lambda value: {name: value - np.float32(1)}
+    elif indexer:
+        yield stored_as, array, lambda value: {name: value}
+    elif "gate_up_proj" in name:
+        kind = "_exps" if ".experts." in name else "_shexp" if "shared" in name else ""
+        join = joined(lambda gate, up: {name: np.concatenate((gate, up), axis=-2)})
+        for half, part in zip(("gate", "up"), np.split(array, 2, axis=-2), strict=True):
+            yield f"{block(name)}.ffn_{half}{kind}.weight", part, join
+
+
 def _hy_v3(config: Config) -> Config:
     width = config["moe_intermediate_size"] * config["num_shared_experts"]
     return sigmoid(config) | {"expert_shared_feed_forward_length": width, "expert_weights_norm": True}
@@ -160,6 +188,19 @@ SHARED = {
         },
         keys=_laguna,
         named_as="step35",
+    ),
+    "minimax_m3_vl_text": Family(
+        "minimax-m3",
+        overrides={
+            "dense_intermediate_size": 96,
+            "shared_intermediate_size": 64,
+            "rotary_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+        keys=_minimax_m3,
+        turned=_minimax_m3_turned,
+        named_as="exaone-moe",
+        exact=False,
     ),
     "hy_v3": Family("hy_v3", keys=_hy_v3, turned=_bare_bias, named_as="exaone-moe"),
     "solar_open": Family("glm4moe", overrides={"rope_parameters": WHOLE}, keys=sigmoid),

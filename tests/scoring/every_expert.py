@@ -25,7 +25,7 @@ SIGMOID = {
     *("hy_v4", "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "dots1", "dots3_note", "exaone_moe", "flint"),
     *("inkling2_text", "inkling_mm_model", "inkling_text", "kimi_k25", "kimi_linear", "kolibri1", "laguna", "lfm2_moe"),
     *("mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "muse_spark", "nemotron_h", "solar_open", "step3p7"),
-    *("llama4", "llama4_text"),
+    *("llama4", "llama4_text", "minimax_m3_vl_text"),
 }
 EXPERTS = 8
 PRODUCTS = {torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.errors import InputError
-from moeprune.scoring.gguf.facts import INSTEAD, Facts, layer_types, rope, shortest
+from moeprune.scoring.gguf.facts import INSTEAD, Facts, layer_types, rope, rotating_part, shortest
 from moeprune.scoring.gguf.model import AFTER, LATENT, Model, feed_forward, shared_expert
-from moeprune.scoring.gguf.turns import row
+from moeprune.scoring.gguf.turns import Made, less_one, one_after_another, row
 
 SIGMOID = 2  # expert_gating_func
 UNNORMED = 128  # experts of the one Llama 4 whose queries and keys have no norm; a file says it in no other way
@@ -175,6 +175,27 @@ def _laguna(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _minimax_m3(facts: Facts) -> dict[str, Any]:
+    has = [f"blk.{i}.indexer.q_proj.weight" in facts.checkpoint.tensors for i in range(facts.layers)]
+    return {
+        "num_local_experts": facts["expert_count"],
+        "intermediate_size": facts.expert_width,
+        "dense_intermediate_size": facts["feed_forward_length"],
+        "shared_intermediate_size": facts.shape("ffn_up_shexp.weight")[0],
+        "mlp_layer_types": ["dense" if i in facts.dense else "sparse" for i in range(facts.layers)],
+        "layer_types": ["minimax_m3_sparse" if own else "full_attention" for own in has],
+        "routed_scaling_factor": facts.get("expert_weights_scale", 1.0) or 1.0,
+        "head_dim": facts.head_dim,
+        "rotary_dim": facts["rope.dimension_count"],
+        "rope_parameters": rotating_part(facts),
+        "index_n_heads": facts["attention.indexer.head_count"],
+        "index_head_dim": facts["attention.indexer.key_length"],
+        "index_topk_blocks": facts["attention.indexer.top_k"],
+        "index_block_size": facts["attention.indexer.block_size"],
+        "index_local_blocks": facts["attention.indexer.local_blocks"],
+    }
+
+
 def _exaone(facts: Facts) -> dict[str, Any]:
     names = {"num_experts": facts["expert_count"], "num_shared_experts": facts["expert_shared_count"]}
     return (
@@ -204,6 +225,8 @@ AFMOE = {
     "ffn_gate_inp": "mlp.router.gate",
     "exp_probs_b.bias": "mlp.expert_bias",
 }
+M3_NORMS = [f"{x}_norm.weight" for x in ("attn", "ffn", "attn_q", "attn_k", "indexer.q", "indexer.k", "output")]
+M3_PAIRS = {"mlp": "ffn_{}.weight", "mlp.shared_experts": "ffn_{}_shexp.weight"}
 
 TABLE = {
     "llama4": Model("llama4_text", "Llama4ForCausalLM", _llama4, LLAMA4, experts="feed_forward.experts", columns=True),
@@ -217,6 +240,17 @@ TABLE = {
     "hunyuan-moe": Model("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _hunyuan, HUNYUAN),
     "afmoe": Model("afmoe", "AfmoeForCausalLM", _afmoe, AFMOE),
     "laguna": Model("laguna", "LagunaForCausalLM", _laguna, {"attn_gate": "self_attn.g_proj"}),
+    "minimax-m3": Model(
+        "minimax_m3_vl_text",
+        "MiniMaxM3VLForCausalLM",
+        _minimax_m3,
+        {f"indexer.{x}": f"self_attn.indexer.{x}" for x in ("q_proj", "k_proj", "q_norm", "k_norm")},
+        turns=dict.fromkeys(M3_NORMS, less_one),
+        made={
+            f"{target}.gate_up_proj.weight": Made((leaf.format("gate"), leaf.format("up")), one_after_another)
+            for target, leaf in M3_PAIRS.items()
+        },
+    ),
     "exaone-moe": Model("exaone_moe", "ExaoneMoeForCausalLM", _exaone),
     "dots1": Model("dots1", "Dots1ForCausalLM", _routed),
 }
