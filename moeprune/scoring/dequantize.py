@@ -48,27 +48,31 @@ DTYPES = {
 PACKED_TYPES = ("I8", "U8", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0")  # of which weights are not made by themselves
 
 
-def _by_type() -> dict[str, list[tuple[str, Format]]]:
-    """Type of the weight -> its ending and format, in the table's order: large models have a million names to match."""
+Candidates = Mapping[str, list[tuple[str, Format]]]  # type of the weight -> its ending and format, as TABLE orders them
+
+
+def _candidates(checkpoint: Checkpoint, quantization: Quantization) -> Candidates:
+    """The formats that any tensor can have: few of them, and large models have a million names to match."""
+    words = {name.rpartition(".")[2] for name in checkpoint.tensors}
     found: dict[str, list[tuple[str, Format]]] = {}
     for form in TABLE:
-        main, types = next(iter(form.endings.items()))
-        for one in types.split():
-            found.setdefault(one, []).append((main, form))
+        ends = [ending.rpartition(".")[2] for ending in form.endings]
+        if form.applies(quantization) and all(any(word.endswith(end) for word in words) for end in ends):
+            main, types = next(iter(form.endings.items()))
+            for one in types.split():
+                found.setdefault(one, []).append((main, form))
     return found
-
-
-BY_TYPE = _by_type()
 
 
 def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
     """Plain name -> recipe, for every tensor of the checkpoint."""
     check_scorable(checkpoint)
     quantization, about = quantization_of(checkpoint), _about(checkpoint)
+    candidates = _candidates(checkpoint, quantization)
     found: dict[str, Recipe] = {}
     used: set[str] = set()
     for name in checkpoint.tensors:
-        match = _match(name, checkpoint, quantization)
+        match = _match(name, checkpoint, candidates)
         if match is not None:
             form, stem, sources = match
             used.update(sources.values())
@@ -116,12 +120,13 @@ def _with(form: Format, settings: Quantization) -> Make:
     return lambda stored, dtype: form.make(stored, settings).to(dtype)
 
 
-def _match(name: str, checkpoint: Checkpoint, quantization: Quantization) -> tuple[Format, str, dict[str, str]] | None:
+def _match(name: str, checkpoint: Checkpoint, candidates: Candidates) -> tuple[Format, str, dict[str, str]] | None:
     """The format whose weight this tensor is, its stem, and its companions."""
-    for main, form in BY_TYPE.get(checkpoint.tensors[name].dtype, ()):
+    for main, form in candidates.get(checkpoint.tensors[name].dtype, ()):
+        if not name.endswith(main):
+            continue
         stem = name.removesuffix(main)
-        whole = not main[:1].isalpha() or stem[-1:] in ("", ".")  # qweight is no weight
-        if not name.endswith(main) or not whole or not form.applies(quantization):
+        if main[:1].isalpha() and stem[-1:] not in ("", "."):  # qweight is no weight
             continue
         names = {ending: stem + ending for ending in form.endings}
         if all(_has(checkpoint, names[ending], types) for ending, types in form.endings.items()):
