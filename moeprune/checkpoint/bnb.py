@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeprune.arrays import NDArray, np
+from moeprune.checkpoint.headers import Tensor
 from moeprune.errors import InputError
 
 
@@ -26,8 +27,9 @@ class Made:
     content: bytes
 
 
-def made(name: str, read: Callable[[str], bytes], experts: int, keep: Sequence[int]) -> Made | None:
+def made(tensor: Tensor, read: Callable[[str], bytes], experts: int, keep: Sequence[int]) -> Made | None:
     """The new form of a companion of a quantized router; None for one that has no place any more."""
+    name = tensor.name
     base, _, companion = name.rpartition(".weight.")
     if companion.startswith("nested_"):
         return None

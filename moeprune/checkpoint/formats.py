@@ -108,7 +108,7 @@ FORMATS = (
         lambda settings: {"bits", "group_size"} <= {*settings} and settings.get("quant_method", "metal") == "metal",
     ),
     # Those below are cut where experts are modules of their own, as transformers had them up to 4.57.
-    Format("hqq", "HQQ", _method("hqq"), packed=r"\.W_q$"),
+    Format("hqq", "HQQ", _method("hqq")),
     Format("quanto", "Quanto: 8 bits; 4 and 2 bits are cut only", _method("quanto"), packed=r"\._data\._data$"),
     Format("aqlm", "AQLM", _method("aqlm"), packed=r"\.codes$"),
     Format("vptq", "VPTQ, cut only", _method("vptq"), _never(CODEBOOKS), r"\.indices$"),

@@ -40,11 +40,13 @@ PER_EXPERT = re.compile(r"(expert_bias|correction_bias|router_bias|router_scale)
 NO_ROUTER = re.compile(r"router\.(scale|global_scale)$")
 SHARED = re.compile(r"shared|share_expert|shexp")
 PACKED = re.compile(
-    r"\.(qweight|qzeros|weight_packed|weight_zero_point|weight_shape|W_q|_data\._data|codes|indices|dense_weights)$"
+    r"\.(qweight|qzeros|weight_packed|weight_zero_point|weight_shape|_data\._data|codes|indices|dense_weights)$"
 )
 FOUR_BIT = re.compile(  # what bitsandbytes keeps beside a flat matrix [n, 1]
     r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(nf4|fp4))$"
 )
+HQQ = re.compile(r"\.(W_q|shape)$")  # a grid of values, packed across rows, and the matrix that it means
+HQQ_GROUPS = re.compile(r"\.(scale|zero)$")
 BLOCK_SCALE = re.compile(r"\.weight_scale(_inv)?$")
 ATTENTION = re.compile(r"attn|attention")
 
@@ -54,7 +56,7 @@ class Part(NamedTuple):  # there may be a million; a frozen dataclass takes twic
 
     tensor: str
     # expert: of one expert | tail: of one that always stays | rows: along `axis` | ids: holds expert numbers
-    # made: beside a router of bitsandbytes, has to be computed (bnb.py)
+    # made: of a router by bitsandbytes or HQQ, has to be computed (bnb.py, hqq.py)
     kind: str
     expert: int = -1  # kind expert, tail: the expert's number within the block
     around: tuple[str, str] = ("", "")  # kind expert, tail: what comes before the number on disk, and behind it
@@ -257,7 +259,10 @@ def _router_part(tensor: Tensor, experts: int, hints: Hints) -> Part | None:
         return Part(tensor.name, "ids", router=True)
     if FOUR_BIT.search(tensor.name):
         return None if tensor.name.endswith(".quant_map") else Part(tensor.name, "made", router=True)
-    if tensor.dtype == "U8" and tensor.shape[1:] == (1,) and tensor.shape[0] % experts == 0:  # bitsandbytes
+    if HQQ.search(tensor.name):
+        return Part(tensor.name, "made", router=True)
+    in_column = tensor.shape[1:] == (1,) and tensor.shape[0] % experts == 0
+    if in_column and (tensor.dtype == "U8" or HQQ_GROUPS.search(tensor.name)):  # bitsandbytes, HQQ
         return Part(tensor.name, "rows", rows_per_expert=tensor.shape[0] // experts, router=True)
     one_row = tensor.shape[:1] == (1,) and not BLOCK_SCALE.search(tensor.name)  # whose columns are blocks of inputs
     axis = 1 if hints.two_kinds or one_row else 0

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moeprune.arrays import NDArray, np
-from moeprune.checkpoint import bnb, families, writer
+from moeprune.checkpoint import bnb, families, hqq, writer
 from moeprune.checkpoint.families import Block, Layout, Part
 from moeprune.checkpoint.folder import Checkpoint, Tensor
+from moeprune.checkpoint.structure import HQQ
 from moeprune.errors import InputError, UsageError
 
 Keep = Mapping[str, tuple[int, ...]]
@@ -91,7 +92,8 @@ def _of_part(checkpoint: Checkpoint, tensor: Tensor, block: Block, part: Part, a
             return Action("drop", tensor, "", ())
         return Action("copy" if name == tensor.name else "rename", tensor, name, tensor.shape)
     if part.kind == "made":
-        made = bnb.made(tensor.name, checkpoint.read_bytes, block.experts, keep)
+        maker = hqq.made if HQQ.search(tensor.name) else bnb.made
+        made = maker(tensor, checkpoint.read_bytes, block.experts, keep)
         return Action("remap", tensor, tensor.name, made.shape, made=made) if made else Action("drop", tensor, "", ())
     if part.kind == "ids":
         return Action("remap", tensor, tensor.name, tensor.shape, keep=keep, experts=block.experts)

@@ -14,7 +14,7 @@ from typing import Any
 
 from moeprune.arrays import NDArray, np
 from moeprune.errors import ResultError
-from moeprune.pruning import evidence, four_bit
+from moeprune.pruning import evidence, four_bit, hqq_router
 from moeprune.pruning.evidence import File, Reader, Stored
 
 VISION = ".vision"  # the block of image experts that share a layer with those for text
@@ -51,7 +51,7 @@ class Verification:
         self.places = {block: {old: new for new, old in enumerate(ids)} for block, ids in keep.items()}
         self.block_of = {name: self._block_of(name) for name in self.before if name not in self.gone}
         self.experts = self._experts()
-        self.four_bit: dict[str, str] = {}  # companions of routers that bitsandbytes has quantized -> the matrix
+        self.four_bit: dict[str, str] = {}  # parts of quantized routers that are made anew -> the matrix
         self.origin: dict[str, str] = {}  # name in the result -> name before
         for name, block in self.block_of.items():
             self._trace(name, block)
@@ -103,8 +103,8 @@ class Verification:
             self.origin[f"{name[: found.start('number')]}{new}{name[found.end('number') :]}"] = name
 
     def _quantized_router(self, name: str) -> str:
-        """The router's matrix that a tensor of bitsandbytes accompanies, or nothing."""
-        matrix = four_bit.matrix_of(name, self.before)
+        """The router's matrix that a tensor of bitsandbytes or HQQ is a part of, or nothing."""
+        matrix = four_bit.matrix_of(name, self.before) or hqq_router.matrix_of(name, self.before)
         return matrix if ROUTER_WORDS & set(matrix.split(".")) and "shared" not in matrix else ""
 
     def _new_number(self, block: str, number: int, shared: bool) -> int | None:
@@ -199,8 +199,9 @@ class Verification:
         self._check_gone()
         with Reader() as reader:
             for matrix in dict.fromkeys(self.four_bit.values()):
-                old, new = (four_bit.companions(matrix, tensors, reader) for tensors in (self.before, after))
-                four_bit.check(matrix, old, new, self.keep[self.block_of[matrix]])
+                room = hqq_router if matrix.endswith(".W_q") else four_bit
+                old, new = (room.companions(matrix, tensors, reader) for tensors in (self.before, after))
+                room.check(matrix, old, new, self.keep[self.block_of[matrix]])
         self._check_blocks(after)
         self._check_index(after)
         self._check_notes(after)

@@ -114,7 +114,6 @@ def test_optimum_quanto_is_known_by_its_map(tmp_path):
 
 # What the router of 8 experts would be in each: some of it has a size of 8, which means nothing.
 PACKED_ROUTERS = {
-    "hqq": {"W_q": ("U8", [E, 4]), "scale": ("F32", [E, 1]), "zero": ("F32", [E, 1])},
     "quanto": {"weight._data._data": ("U8", [4, 4]), "weight._scale": ("BF16", [E, 1])},
     "aqlm": {"codes": ("I8", [E, 1, 1]), "codebooks": ("F16", [1, E, 1, 8]), "scales": ("F16", [E, 1, 1, 1])},
     "vptq": {"indices": ("I32", [1, 1, E]), "centroids.weight": ("F16", [1, 64]), "weight_scale": ("F16", [E])},

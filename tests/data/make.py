@@ -142,13 +142,14 @@ def hqq(out: Path) -> Values:
         {"nbits": 2, "group_size": 32, "axis": 0},
         {"nbits": 8, "group_size": None},
     ]
-    for at, (name, layer) in enumerate(linear_layers(state).items()):
-        config = BaseQuantizeConfig(**{"axis": 1} | kinds[at % len(kinds)])
+    for at, (name, layer) in enumerate(linear_layers(state, "_proj.weight", "mlp.gate.weight").items()):
+        kind = kinds[".1." in name] if name.endswith("gate") else kinds[at % len(kinds)]
+        config = BaseQuantizeConfig(**{"axis": 1} | kind)
         made = HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
         values[f"{name}.weight"] = made.dequantize()
         replace(state, name, {key: value for key, value in made.state_dict().items() if value is not None})
     save_file(state, out / "model.safetensors", {"format": "pt"})
-    settings = transformers.HqqConfig(nbits=4, group_size=32, skip_modules=["lm_head", "mlp.gate"]).to_dict()
+    settings = transformers.HqqConfig(nbits=4, group_size=32, skip_modules=["lm_head"]).to_dict()
     write_config(out, folder, settings)
     return values
 
@@ -200,11 +201,11 @@ def replace(state: Values, name: str, parts: Values) -> None:
     state |= {f"{name}.{part}": tensor.detach().clone() for part, tensor in parts.items()}
 
 
-def linear_layers(state: Values) -> dict[str, torch.nn.Linear]:
-    """Every matrix of a layer but the router's, as a module of its own."""
+def linear_layers(state: Values, *endings: str) -> dict[str, torch.nn.Linear]:
+    """Every matrix of such a name (without one: all but routers), as a module of its own."""
     layers = {}
     for name, weight in state.items():
-        if "_proj.weight" in name:
+        if name.endswith(endings or "_proj.weight"):
             layers[name.removesuffix(".weight")] = layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             layer.weight.data = weight
     return layers

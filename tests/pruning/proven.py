@@ -24,7 +24,7 @@ MASKED = (
 )
 BYTES = "every byte compared with an oracle that knows the layout"
 WHOLE = f"a matrix of each expert, whole and renamed: {BYTES}"
-AGAIN = "tried by hand: transformers 4.57 writes it, loads the cut and computes what the masked parent does"
+AGAIN = "tried by hand with transformers 4.57: it loads the cut and computes what the masked parent does"
 LIBRARY = "numbers as the library reads them, bit for bit; the cut changes none; parent and cut scored as their values"
 # How each number format of formats.FORMATS was proven, beside the containers and plain types.
 HOW = {
@@ -41,7 +41,7 @@ HOW = {
     "torchao": BYTES,
     "modelopt": f"INT4 and low-rank parts: {BYTES}; numbers against known integers",
     "mlx": f"quantized routers too: {BYTES}; slicing commutes with dequantizing",
-    "hqq": f"{WHOLE}; {AGAIN}",
+    "hqq": f"{WHOLE}; quantized routers are packed anew, their values to the bit; {AGAIN}",
     "quanto": f"{WHOLE}; {AGAIN}",
     **dict.fromkeys(("aqlm", "vptq", "spqr", "higgs", "fp_quant", "eetq", "bitnet", "gemma", "fouroversix"), WHOLE),
     "gguf": f"single, split, one tensor per expert, rows that neighbours share, without MTP layers: {BYTES}",
