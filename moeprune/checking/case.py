@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,14 +76,6 @@ def fingerprint(case: Case | None, settings: Settings) -> str:
     if held_out and not Path(held_out).is_file():
         raise InputError(f"held-out data not found at {held_out}; give a .jsonl file in REAP_EVALUATION_PATH")
     return metadata.digest(*parts, Path(held_out) if held_out else json.dumps(BUILTIN))
-
-
-def loaded_bytes(folder: Path) -> int:
-    """Bytes of the weights in memory: as on disk, but of a GGUF file every number takes two."""
-    checkpoint = checkpoints.open_checkpoint(folder)
-    if checkpoint.container == "gguf":
-        return 2 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return weight_bytes(folder)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from moeprune import console, metadata
 from moeprune.checking import checks, comparison, endpoint, generation, samples, structure, subject
-from moeprune.checking.case import Case, loaded_bytes, weight_bytes
+from moeprune.checking.case import Case, weight_bytes
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import MachineError
 from moeprune.results import VERDICT
@@ -70,14 +70,14 @@ def _inputs(case: Case | None, settings: Settings, key: str, held_out: Sequence[
 def _compare(case: Case, settings: Settings, data: Data) -> dict[str, Any]:
     """Everything that compares: in memory when both models fit, else streamed, without generation."""
     tokenizer = load_tokenizer(open_checkpoint(case.pruned).place, settings)
-    needed = sum(loaded_bytes(folder) for folder in (case.pruned, case.parent) if folder)
     free = settings.judge_memory or _free(settings)
-    why = f"the weights take {console.size(needed)}, {console.size(free)} are free: streamed, without generation"
-    if needed * MARGIN <= free:
-        try:
+    try:
+        needed = sum(subject.loaded_bytes(folder, settings) for folder in (case.pruned, case.parent) if folder)
+        if needed * MARGIN <= free:
             return _loaded(case, settings, data, tokenizer)
-        except subject.CannotLoad as error:
-            why = f"{error}: streamed, without generation"
+        why = f"loaded weights take {console.size(needed)}, {console.size(free)} are free: streamed, without generation"
+    except subject.CannotLoad as error:
+        why = f"{error}: streamed, without generation"
     console.warn(why)
     if case.parent is None:
         raise MachineError(f"{why}; and {case.why_no_parent}, so nothing is left to test")

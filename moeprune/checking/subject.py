@@ -8,13 +8,14 @@ Legend: N judged positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
+from transformers import AutoConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moeprune import metadata
@@ -22,7 +23,8 @@ from moeprune.checking import masking
 from moeprune.checking.samples import Batch
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint
 from moeprune.errors import InputError
-from moeprune.scoring.building import DTYPES, pick_device
+from moeprune.scoring.building import DTYPES, build, pick_device
+from moeprune.scoring.dequantize import DTYPES as STORED
 from moeprune.scoring.loading import OUTSIDE
 from moeprune.scoring.streaming import LayerStream
 from moeprune.settings import Settings
@@ -69,22 +71,50 @@ class Loaded:
 
 def load_model(folder: Path, settings: Settings) -> Any:
     """The model as plain transformers loads it, on the device that was asked for; every weight must be there."""
-    transformers.utils.logging.disable_progress_bar()
     if (checkpoint := open_checkpoint(folder)).container == "gguf":
         return _load_dequantized(checkpoint, settings)
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
-    options |= {"dtype": DTYPES.get(settings.dtype, "auto"), "output_loading_info": True}
-    try:
-        model, info = _model_class(folder).from_pretrained(folder, **options)
+    with _loading(folder):
+        model, info = _from_pretrained(folder, settings, folder, output_loading_info=True)
         model = model.eval().to(device(settings))
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        raise CannotLoad(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
     astray = [*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])]
     if astray:
         raise InputError(f"{folder} lacks or misshapes {len(astray)} weights, {min(astray)} for one; it cannot be used")
     return model
+
+
+def loaded_bytes(folder: Path, settings: Settings) -> int:
+    """What `load_model` will take. transformers loads tensors without content, so nothing is read.
+
+    It alone knows which quantized weights it keeps as they are, and which it turns into the type that computes.
+    """
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.container == "gguf":
+        model: Any = build(checkpoint, settings)
+    else:
+        with _loading(folder):
+            empty = {
+                t.name: torch.empty(t.shape, dtype=STORED[t.dtype], device="meta") for t in checkpoint.tensors.values()
+            }
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+            model = _from_pretrained(folder, settings, None, config=config, state_dict=empty, device_map="meta")
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _from_pretrained(folder: Path, settings: Settings, source: Path | None, **options: Any) -> Any:
+    transformers.utils.logging.disable_progress_bar()
+    options |= {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
+    return _model_class(folder).from_pretrained(source, dtype=DTYPES.get(settings.dtype, "auto"), **options)
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """What transformers says where it cannot load a model."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        raise CannotLoad(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _load_dequantized(checkpoint: Checkpoint, settings: Settings) -> Any:

@@ -123,6 +123,18 @@ def test_streamed_and_loaded_say_the_same(tmp_path):
         assert streamed["fidelity"]["overall"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+def test_what_counts_is_the_memory_of_loaded_models(tmp_path):
+    """The files would fit, the numbers that are computed with would not."""
+    folder = pairs.cut(pairs.parent(tmp_path / "parent"), tmp_path / "cut", dict.fromkeys(range(3), (0, 1, 2, 3)))
+    for place in (tmp_path / "parent", folder):
+        halved = {name: t.bfloat16() for name, t in load_file(place / "model.safetensors").items()}
+        save_file(halved, place / "model.safetensors", {"format": "pt"})
+    stored = sum((place / "model.safetensors").stat().st_size for place in (tmp_path / "parent", folder))
+    few = {"evaluation_path": "", "evaluation_samples": 8, "generations": 2, "max_kl": 100.0, "dtype": "float32"}
+    found = _judged(folder, tmp_path, judge_memory=2 * stored, **few)
+    assert re.match(r"loaded weights take .* are free: streamed", found["not_tested"]["generation"])
+
+
 def test_the_command_leaves_with_5_and_knows_what_is_current(tmp_path):
     keep = dict.fromkeys(range(3), (0, 1, 2, 3))
     pruned = pairs.cut(pairs.parent(tmp_path / "parent"), tmp_path / "out" / "cut", keep, _zero_expert_small)

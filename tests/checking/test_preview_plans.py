@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +12,7 @@ from moeprune.checking import preview
 from moeprune.checkpoint.families import understand
 from moeprune.errors import InputError, UsageError
 from moeprune.settings import Settings
+from tests.checking.conftest import DEMO, ROOT
 from tests.checkpoint.hub import GATE, GATED, Case, E, layer, write
 
 CONFIG = {"model_type": "deepseek_v3", "n_routed_experts": E, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
@@ -39,3 +42,13 @@ def test_a_plan_that_cannot(tmp_path, name):
     plan, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         variants(tmp_path, plan)
+
+
+def test_without_scores_it_ends_before_torch_is_loaded(tmp_path):
+    command = [sys.executable, "-X", "importtime", ROOT / "preview.py", "--output-path", tmp_path, "--model-path", DEMO]
+    done = subprocess.run(command, capture_output=True, text=True)
+    *imported, last = done.stderr.splitlines()
+    assert done.returncode == 3, last
+    assert "no scores" in last
+    assert "./run.sh reap" in last
+    assert not {line.rsplit("|", 1)[-1].strip() for line in imported} & {"torch", "transformers"}

@@ -1,0 +1,43 @@
+"""What a loaded model takes is known before it is loaded, whatever transformers makes of its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeprune.checking import subject
+from moeprune.settings import Settings
+from tests import gguf_files, tiny
+from tests.scoring import streamed
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def held(model: Any) -> int:
+    """The bytes of all memory that tensors of the model lie in."""
+    places = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({place.data_ptr(): place.nbytes() for place in places}.values())
+
+
+@pytest.mark.parametrize("form", ["bf16", "ct_fp8", "ct_mxfp4", "modelopt_fp8", "gguf"])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_the_memory_of_a_loaded_model(form: str, dtype: str, tmp_path: Path) -> None:
+    folder = DATA / form if (DATA / form).exists() else MADE[form](tmp_path)
+    settings = Settings(device="cpu", dtype=dtype)
+    assert subject.loaded_bytes(folder, settings) == held(subject.load_model(folder, settings))
+
+
+def _gguf(folder: Path) -> Path:
+    gguf_files.convert(streamed.checkpoint("qwen3_moe"), folder / "model.gguf", kind="Q8_0")
+    return folder / "model.gguf"
+
+
+MADE = {"bf16": lambda folder: tiny.make("mixtral", folder, dtype=torch.bfloat16), "gguf": _gguf}
+
+
+def test_a_model_that_cannot_be_loaded_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(subject.CannotLoad, match="transformers cannot load"):
+        subject.loaded_bytes(DATA / "awq", Settings())
