@@ -130,9 +130,9 @@ def _dbrx(config: Config, stored_as: str, name: str, array: np.ndarray) -> Itera
     each = array.reshape(config["ffn_config"]["moe_num_experts"], -1, array.shape[-1])
     if name.endswith("w2"):
         turned = each.swapaxes(1, 2)
-        yield f"{stored_as}.weight", turned, lambda value: {name: value.swapaxes(1, 2).reshape(array.shape)}
+        yield stored_as, turned, lambda value: {name: value.swapaxes(1, 2).reshape(array.shape)}
     else:
-        yield f"{stored_as}.weight", each, lambda value: {name: value.reshape(array.shape)}
+        yield stored_as, each, lambda value: {name: value.reshape(array.shape)}
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}

@@ -35,8 +35,8 @@ UNUSED = re.compile(  # for engines in FP4; part of the configuration; a table o
 class Read(Protocol):
     """Gives the values of a source, or those of one of its rows."""
 
-    def __call__(self, source: str, row: int | None = None, /, *, exact: bool = False) -> torch.Tensor:
-        """In the type that computes, or in 32 bits if the file has so many, on the device that computes."""
+    def __call__(self, source: str, row: int | None = None, /) -> torch.Tensor:
+        """On the device that computes, in the type that does; but what lies in 32 bits stays so, if it is no row."""
 
 
 Build = Callable[[Read], torch.Tensor]
@@ -168,20 +168,23 @@ class _Part:
 
 
 def _make(stored: Stored, dtype: torch.dtype, build: Build, kinds: Mapping[str, str]) -> torch.Tensor:
-    def read(source: str, row: int | None = None, /, *, exact: bool = False) -> torch.Tensor:
-        return values(stored, source, kinds[source], torch.float32 if exact and kinds[source] == "F32" else dtype, row)
+    """A router's bias, say, must not be rounded: transformers rounds what it does not keep in 32 bits."""
 
-    return build(read).to(dtype)
+    def read(source: str, row: int | None = None, /) -> torch.Tensor:
+        exact = row is None and kinds[source] == "F32"
+        return values(stored, source, kinds[source], torch.float32 if exact else dtype, row)
+
+    return build(read)
 
 
 def _whole(read: Read, turn: Way | None) -> torch.Tensor:
-    return read("") if turn is None else turn(read("", exact=True))
+    return read("") if turn is None else turn(read(""))
 
 
 def _joined(
     read: Read, turns: Mapping[str, Way | None], join: Callable[[list[torch.Tensor]], torch.Tensor]
 ) -> torch.Tensor:
-    return join([read(leaf) if turn is None else turn(read(leaf, exact=True)) for leaf, turn in turns.items()])
+    return join([read(leaf) if turn is None else turn(read(leaf)) for leaf, turn in turns.items()])
 
 
 def _stack(read: Read, kinds: tuple[str, ...], model: Model, experts: int, alone: bool = False) -> torch.Tensor:

@@ -14,7 +14,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
 
+from moeprune.checking.subject import load_model
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import InputError
 from moeprune.scoring.building import read_config
@@ -65,6 +68,26 @@ def test_scores_are_those_of_the_values(family, tmp_path):
     assert_same_config(tmp_path / "model.gguf", folder)
     rtol = 0.0 if FAMILIES[family].exact else 1e-6
     assert_same_sums(tmp_path / "model.gguf", gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path, rtol)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "bailing_hybrid", "qwen3_5_moe_text"])
+def test_what_transformers_keeps_in_32_bits(family, tmp_path):
+    """The bias of a router decides who is chosen; a model that computes in bfloat16 has it in 32 bits."""
+    folder = parent(family, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    rng = np.random.default_rng(1)
+    for name in tensors:
+        if name.endswith(("bias", "A_log")):
+            tensors[name] = rng.normal(1, 0.2, tensors[name].shape).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    values = gguf_files.convert(folder, tmp_path / "model.gguf", kind="Q8_0")
+    plain = gguf_files.twin(folder, values, tmp_path / "twin")
+    settings = Settings(device="cpu", dtype="bfloat16")
+    found, right = (load_model(path, settings).state_dict() for path in (tmp_path / "model.gguf", plain))
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("kind", ["MXFP4", "Q4_1", "Q5_0", "F16", "BF16"])
