@@ -107,6 +107,7 @@ FORMATS = (
         "MLX: affine, mxfp4, nvfp4, mxfp8; transformers' own for Metal",
         lambda settings: {"bits", "group_size"} <= {*settings} and settings.get("quant_method", "metal") == "metal",
     ),
+    Format("gemma", "Gemma's own: INT8, INT4 and INT2", _method("gemma")),
     # Those below are cut where experts are modules of their own, as transformers had them up to 4.57.
     Format("hqq", "HQQ", _method("hqq")),
     Format("quanto", "Quanto: 8 bits; 4 and 2 bits are cut only", _method("quanto"), packed=r"\._data\._data$"),
@@ -119,7 +120,6 @@ FORMATS = (
         "eetq", "EETQ, cut only", _method("eetq"), _never("its weights are shuffled for a GPU"), r"\.weight_scales$"
     ),
     Format("bitnet", "BitNet, cut only", _method("bitnet"), _never(ROUNDED), r"\.weight_scale$"),
-    Format("gemma", "Gemma's own, cut only", _method("gemma"), _never(ROUNDED), r"\.weight_scale$"),
     Format("fouroversix", "Four Over Six, cut only", _method("fouroversix"), _never(BLOCKED), r"\.quantized_\w+$"),
 )
 # What is known and left alone, and why.

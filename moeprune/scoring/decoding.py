@@ -200,6 +200,15 @@ def _first_two(stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
+def gemma(stored: Stored, quantization: Quantization) -> torch.Tensor:
+    """Gemma's own: signed values, shifted to be unsigned where a byte holds several; a scale for each row."""
+    packed, scale = _first_two(stored)
+    if packed.dtype == torch.int8:
+        return unpack.scaled(packed, scale)
+    bits = int(quantization.get("num_bits", 4))
+    return unpack.scaled(unpack.in_bytes(packed, bits).char() - 2 ** (bits - 1), scale)
+
+
 def hqq(stored: Stored, _quantization: Quantization) -> torch.Tensor:
     """HQQ: groups as rows (or columns) of a grid of its own, which is packed share over share."""
     packing = re.fullmatch(r"(\d)bit_u?(8|32)", bytes(stored["packing"].cpu().numpy()).decode(errors="replace"))

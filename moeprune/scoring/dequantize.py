@@ -8,6 +8,7 @@ that it does (rearranged.py).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,11 +109,13 @@ def _about(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _own(stem: str, plain: str, quantization: Quantization, about: Mapping[str, str]) -> Quantization:
-    """Settings of one module (MLX) or tensor (torchao) alone."""
+    """Settings of one module (MLX; Gemma, by a pattern) or tensor (torchao) alone."""
     if plain in about:
         said = json.loads(about[plain])
         return {"_type": said.get("_type"), **said.get("_data", {})}
-    own = quantization.get(stem.rstrip("."))
+    module = stem.rstrip(".")
+    patterns = quantization.get("module_quant_configs") or {}
+    own = next((own for pattern, own in patterns.items() if re.search(pattern, module)), quantization.get(module))
     return own if isinstance(own, dict) else {}
 
 

@@ -179,6 +179,13 @@ def tiles(words: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def in_bytes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned values of a whole share of a byte along the last axis, lowest bits first."""
+    shifts = torch.arange(0, 8, bits, device=packed.device)
+    values: torch.Tensor = ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    return values
+
+
 def pieces(packed: torch.Tensor, bits: int, *, high_first: bool) -> torch.Tensor:
     """Rows of unsigned values whose first, second, ... share lie over each other in the bits of one row of items."""
     shifts = range(0, packed.element_size() * 8 // bits * bits, bits)

@@ -73,6 +73,7 @@ MODELOPT = {
 }
 TOP_2 = {"num_experts_per_tok": 2}
 TORCHAO = {"qdata": 16, "scale": 1, "zero_point": 1}
+INT = {"weight": ("U8", [E, 4]), "weight_scale": ("F32", [E, 1]), "input_activation_scale": ("F32", [])}
 # What other libraries keep of one matrix [E, 16]; sizes of E mean nothing in them.
 WHOLE = {
     "W_q": ("U8", [E, 8]), "scale": ("F32", [E, 1]), "zero": ("F32", [E, 1]), "shape": ("I64", [2]),
@@ -265,6 +266,13 @@ CASES = {
         {"model_type": "qwen3_moe", "num_experts": E, "quantization_config": {"quant_method": "vptq"}} | TOP_2,
         layer("model.layers.0", GATE, {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in WHOLE.items()}),
         {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in WHOLE} | GATE_FOUND},
+    ),
+    "Gemma's own, with a quantized router": Case(
+        {"model_type": "qwen3_moe", "num_experts": E, "quantization_config": {"quant_method": "gemma"}} | TOP_2,
+        layer("model.layers.0", {f"mlp.gate.{k}": v for k, v in INT.items()},
+              {f"mlp.experts.{{e}}.up_proj.{k}": v for k, v in INT.items()}),
+        {"model.layers.0": {f"mlp.experts.N.up_proj.{k}": "expert" for k in INT}
+         | {"mlp.gate.weight": "router 0", "mlp.gate.weight_scale": "router 0"}},
     ),
     "a model that is as wide as it has experts": Case(
         {"model_type": "mixtral", "num_local_experts": E, "hidden_size": E} | TOP_2,

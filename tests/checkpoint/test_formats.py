@@ -93,7 +93,7 @@ def test_every_method_of_transformers_is_known():
     assert methods - known == set(formats.REFUSED)
 
 
-@pytest.mark.parametrize("name", ["vptq", "spqr", "higgs", "fp_quant", "eetq", "bitnet", "gemma", "fouroversix"])
+@pytest.mark.parametrize("name", ["vptq", "spqr", "higgs", "fp_quant", "eetq", "bitnet", "fouroversix"])
 def test_what_is_cut_only_says_so_before_it_is_scored(tmp_path, name):
     with pytest.raises(InputError, match="score the original checkpoint and cut this one"):
         formats.check_scorable(written(tmp_path, WRITTEN[name]))
@@ -122,7 +122,6 @@ PACKED_ROUTERS = {
     "fp_quant": {"qweight": ("U8", [E, 2]), "scales": ("U8", [E, 1])},
     "eetq": {"weight": ("I8", [E, E]), "weight_scales": ("F16", [E])},
     "bitnet": {"weight": ("U8", [E, 4]), "weight_scale": ("BF16", [1])},
-    "gemma": {"weight": ("U8", [E, 2]), "weight_scale": ("F32", [E, 1])},
     "fouroversix": {"quantized_weight_values": ("U8", [E, 2]), "quantized_weight_amax": ("F32", [1])},
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers.integrations import metal_quantization
+from transformers.integrations import gemma_quant, metal_quantization
 
 from moeprune.errors import InputError
 from moeprune.scoring import unpack
@@ -225,6 +225,23 @@ def test_metal_of_transformers(tmp_path, bits):
     same(found, metal_quantization._affine_dequantize_tensor(packed, scale, bias, 64, bits))
     with pytest.raises(InputError, match="scales of one byte"):
         plain(tmp_path, {name: tensors[name] for name in ("m.weight", "m.scales")}, {"bits": bits, "group_size": 64})
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gemmas_own_as_transformers_reads_it(tmp_path, bits):
+    """The number of bits is the checkpoint's, or that of the first pattern found in a module's name."""
+    layer = gemma_quant.QuantizedLinear(64, 16, num_bits=bits)
+    table = gemma_quant.QuantizedEmbedding(20, 64, torch.float32, num_bits=bits)
+    for packed in (layer.weight, table.embedding_quantized):
+        packed.data = bytes_(*packed.shape).view(packed.dtype)
+    layer.weight_scale.data, table.embedding_scale.data = torch.rand(16, 1), torch.rand(20, 1)
+    stored = {f"m.up.{name}": layer.state_dict()[name] for name in ("weight", "weight_scale")}
+    stored |= {f"t.{name}": tensor for name, tensor in table.state_dict().items()}
+    by_pattern = {"num_bits": 3, "module_quant_configs": {"up$": {"num_bits": bits}, "t$": {"num_bits": bits}, "u": {}}}
+    for said in (by_pattern, {"num_bits": bits}):
+        found = plain(tmp_path, stored, {"quant_method": "gemma"} | said)
+        same(found["m.up.weight"], layer._dequantize_weights())
+        same(found["t.weight"], table.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
