@@ -71,7 +71,10 @@ def convert(
     config = json.loads((folder / "config.json").read_text())
     config |= {usual: config[name] for name, usual in OTHER_WORDS.items() if name in config}
     family = config["model_type"]
-    tensors = {name: value.astype(np.float32) for name, value in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name: value if value.dtype.kind == "i" else value.astype(np.float32)
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
     shards = {"split_max_tensors": 20, "small_first_shard": False} if split else {}
     writer = gguf.GGUFWriter(target, FAMILIES[family].architecture, **shards)
     for key, value in (metadata(config, mtp) | more).items():
@@ -80,6 +83,10 @@ def convert(
     add_vocabulary(writer, folder, config)
     values: Arrays = {}
     for name, array, back in stored(family, config, tensors):
+        if array.dtype.kind == "i":
+            writer.add_tensor(name, array.astype(np.int32))
+            values |= back(array)
+            continue
         quantized = gguf.GGMLQuantizationType[kind if _is_quantized(name, array, kind) else "F32"]
         raw = gguf.quants.quantize(array, quantized)
         writer.add_tensor(name, raw, raw_dtype=quantized)
@@ -227,7 +234,7 @@ def _named(names: gguf.TensorNameMap, name: str) -> str:
     name = name.replace("experts.e_score", "gate.e_score")
     name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("dt_bias", "dt_proj.bias")
     name = re.sub(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj", name)  # a dense layer of Kimi Linear
-    name = re.sub(r"feed_forward\.experts\.w(\d)", lambda m: f"mlp.experts.{EXPERT_WORDS[m[1]]}_proj", name)
+    name = re.sub(r"(?:feed_forward|ffn)\.experts\.w(\d)", lambda m: f"mlp.experts.{EXPERT_WORDS[m[1]]}_proj", name)
     name = re.sub(r"backbone(\.layers\.\d+)\.mixer\.experts", r"model\1.mlp.experts", name)
     name = re.sub(r"expert_bias$", "expert_bias.bias", name)
     ways = (name, name.replace(".attention.", ".self_attn."))

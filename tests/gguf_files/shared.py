@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tests.gguf_files.deepseek4 import DEEPSEEK4
 from tests.gguf_files.family import Config, Family, Written, block, joined, sigmoid
 from tests.gguf_files.plain import YARN
 
@@ -165,6 +166,7 @@ SHARED = {
     "deepseek_v2": Family("deepseek2", keys=latent, turned=_keys_and_values),
     "deepseek_v3": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
     "glm4_moe_lite": Family("deepseek2", keys=_latent_sigmoid, turned=_keys_and_values),
+    "deepseek_v4": DEEPSEEK4,
     "mistral4": Family("mistral4", overrides={"rope_parameters": TEMPERED}, keys=_mistral4, turned=_keys_and_values),
     "glm_moe_dsa": Family(
         "glm-dsa",

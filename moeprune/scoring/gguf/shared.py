@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.errors import InputError
+from moeprune.scoring.gguf import deepseek4
 from moeprune.scoring.gguf.facts import INSTEAD, Facts, layer_types, rope, rotating_part, shortest
 from moeprune.scoring.gguf.model import AFTER, LATENT, Model, feed_forward, shared_expert
 from moeprune.scoring.gguf.turns import Made, less_one, one_after_another, row
@@ -235,6 +236,7 @@ TABLE = {
     "glm-dsa": Model("glm_moe_dsa", "GlmMoeDsaForCausalLM", _indexed, INDEXED),
     "deepseek32": Model("deepseek_v32", "DeepseekV32ForCausalLM", _indexed, INDEXED),
     "hy_v3": Model("hy_v3", "HYV3ForCausalLM", _hy_v3, {"exp_probs_b": "mlp.e_score_correction_bias"}),
+    "deepseek4": Model("deepseek_v4", "DeepseekV4ForCausalLM", deepseek4.config, deepseek4.LEAVES),
     "glm4moe": Model("glm4_moe", "Glm4MoeForCausalLM", _glm4, AFTER),
     "ernie4_5-moe": Model("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _ernie, ERNIE, turns={"exp_probs_b.bias": row}),
     "hunyuan-moe": Model("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _hunyuan, HUNYUAN),

@@ -15,7 +15,7 @@ from transformers.integrations.gguf.dequant import dequantize as dequantize_know
 from moeprune.checkpoint import gguf
 from moeprune.errors import InputError
 
-PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
 SCALE = ".scale"  # beside NVFP4: a factor for the matrix, or for each expert
 AT_ONCE = 2**20  # values; the steps between take some 10 times as many bytes, and four times more run slower
 FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -24,7 +24,8 @@ FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 def dequantize(raw: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     """Bytes [..., row bytes] of a type -> values [..., row], on the device that the bytes are on."""
     if kind in PLAIN:
-        return raw.view(PLAIN[kind]).to(dtype)
+        found = raw.view(PLAIN[kind])
+        return found.to(dtype) if found.is_floating_point() else found
     make = _maker(kind)
     _, values, size = gguf.TYPES[gguf.NUMBERS[kind]]
     blocks_NB = raw.reshape(-1, size)
