@@ -237,14 +237,19 @@ def claimed(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(ROOM))
+    with alone_in(folder, "another --output-path"):
+        yield
+
+
+@contextmanager
+def alone_in(folder: Path, otherwise: str) -> Iterator[None]:
+    """Hold a folder against other runs; the system lets go of it when the process ends, however it does."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise MachineError(
-                f"another run is writing in {folder}; wait for it or choose another --output-path"
-            ) from None
+            raise MachineError(f"another run is writing in {folder}; wait for it or choose {otherwise}") from None
         yield
     finally:
         os.close(lock)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from moeprune.checkpoint.growing import PAGE, Growing
 from moeprune.checkpoint.headers import BITS
 from moeprune.console import size
 from moeprune.errors import FULL_DISK, InputError, MachineError
-from moeprune.metadata import sync
+from moeprune.metadata import alone_in, sync
 
 SYNC_FILE_RANGE_WRITE = 2
 INDEX = "model.safetensors.index.json"
@@ -237,14 +236,7 @@ def beside(target: Path) -> Iterator[Path]:
     """A fresh folder `<target>.partial` to fill. What a killed run left there is removed; so is a failed attempt."""
     folder = partial_of(target)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MachineError(
-                f"another run is writing {folder}; wait for it or choose another output folder"
-            ) from None
+    with alone_in(folder, "another output folder"):
         _empty(folder)
         try:
             yield folder
@@ -252,8 +244,6 @@ def beside(target: Path) -> Iterator[Path]:
             if folder.exists():
                 shutil.rmtree(folder)
             raise
-    finally:
-        os.close(lock)
 
 
 def _empty(folder: Path) -> None:

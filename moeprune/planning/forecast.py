@@ -100,8 +100,9 @@ def weigh(checkpoint: Checkpoint, layout: Layout, *, each_bytes: int, hidden: in
     """Sort the bytes of a checkpoint by layer."""
     stacks = {block.name[: match.start()] for block in layout.blocks if (match := re.search(r"\d+", block.name))}
     layers: Counter[str] = Counter()
+    numbered = re.compile(r"(.*?)\d+(?=\.)")
     for tensor in checkpoint.tensors.values():
-        match = re.match(r"(.*?)\d+(?=\.)", tensor.name)
+        match = numbered.match(tensor.name)
         layers[match[0] if match and match[1] in stacks else ""] += tensor.nbytes
     outside = layers.pop("", 0)
     return Weights(
