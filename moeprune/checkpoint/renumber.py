@@ -20,7 +20,6 @@ from typing import Any
 from moeprune.checkpoint.families import Block, Layout, new_name
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.formats import NAME_LISTS, NVIDIA_LISTS, STACK_SIZES, quantization_of, torchao_stacks
-from moeprune.checkpoint.structure import EXPERT
 from moeprune.errors import InputError
 from moeprune.metadata import read_json
 
@@ -50,16 +49,14 @@ def _names(layout: Layout, keep: Mapping[str, Sequence[int]]) -> Names:
     alike: dict[str, set[str]] = defaultdict(set)
     for block in layout.blocks:
         for part in block.parts:
-            match = EXPERT.fullmatch(part.tensor) if part.kind in ("expert", "tail") else None
-            if match is None:
+            if part.kind not in ("expert", "tail"):
                 continue
-            renamed = new_name(part, block.experts, keep[block.name])
-            start, rest = match.start("id"), part.tensor[match.end("id") :]
-            number = None if renamed is None else renamed[start : len(renamed) - len(rest)]
-            for end in [i for i, letter in enumerate(rest) if letter == "."] + [len(rest)]:
-                name = part.tensor[: match.end("id") + end]
-                new[name] = None if number is None else f"{part.tensor[:start]}{number}{rest[:end]}"
-                alike[f"{part.tensor[:start]}#{rest[:end]}"].add(name)
+            before, behind = part.around
+            old, renamed = part.tensor.removesuffix(behind), new_name(part, block.experts, keep[block.name])
+            for end in [i for i, letter in enumerate(behind) if letter == "."] + [len(behind)]:
+                name = f"{old}{behind[:end]}"
+                new[name] = None if renamed is None else f"{renamed.removesuffix(behind)}{behind[:end]}"
+                alike[f"{before}#{behind[:end]}"].add(name)
             leaves |= {part.tensor.removesuffix(end): None for end in WEIGHTS if part.tensor.endswith(end)}
     return Names(new, leaves, [*map(frozenset, alike.values())], {_tail(name): name for name in new}, sorted(new))
 

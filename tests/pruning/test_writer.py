@@ -54,6 +54,15 @@ def test_types_of_every_width_are_aligned(tmp_path: Path, source: Path) -> None:
         assert data[8 + length + start : 8 + length + end] == source.read_bytes()[i * 100 : i * 100 + width * count]
 
 
+def test_the_order_of_the_parent_stays_where_it_is_aligned(source: Path) -> None:
+    """Neighbours are then copied as one."""
+    kinds = [("U8", 16), ("F32", 3), ("BF16", 2), ("I64", 1), ("U8", 3)]
+    entries = [Entry(f"t{i}", dtype, (n,), n * writer.BITS[dtype] // 8, source) for i, (dtype, n) in enumerate(kinds)]
+    assert writer.aligned(entries) == tuple(entries)
+    late = [entry._replace(name="late") for entry in entries[1:2]]
+    assert [entry.name for entry in writer.aligned([*entries, *late])] == ["t3", "t1", "late", "t2", "t0", "t4"]
+
+
 def test_most_bytes_keep_their_place_in_a_page(tmp_path: Path, source: Path) -> None:
     entry = Entry("t", "U8", (50_000,), 50_000, source, ranges=((1_608, 51_608),))
     head = writer.header([entry], {})
