@@ -11,8 +11,8 @@ from moeprune.checkpoint.gguf import NUMBERS, TYPES
 from moeprune.errors import InputError
 from moeprune.scoring.gguf import types
 
-NO_NUMBERS = {"I8", "I16", "I32", "I64", "Q8_K", "Q1_0"}
-KNOWN = [name for name, _, _ in TYPES.values() if name not in NO_NUMBERS | {"F64"}]
+NO_NUMBERS = {"I8", "I16", "I64", "Q8_K", "Q1_0"}
+KNOWN = [name for name, _, _ in TYPES.values() if name not in NO_NUMBERS | {"F64", "I32"}]
 
 
 def bytes_of(kind: str, rows: int = 5, blocks: int = 24) -> np.ndarray:
@@ -45,6 +45,12 @@ def test_rounded_once_to_the_type_that_computes(kind):
     assert torch.equal(found.nan_to_num(), right.nan_to_num())
 
 
+def test_tables_of_numbers_stay_whole():
+    table = torch.tensor([[383, 2], [0, 257]], dtype=torch.int32)
+    found = types.dequantize(table.view(torch.uint8), "I32", torch.bfloat16)
+    assert found.dtype == torch.int32 and torch.equal(found, table)
+
+
 @pytest.mark.parametrize("kind", sorted(NO_NUMBERS))
 def test_what_cannot_be_made_is_refused(kind):
     with pytest.raises(InputError, match=rf"blk\.0\.x is stored as {kind}.*--other-scores"):
@@ -52,7 +58,7 @@ def test_what_cannot_be_made_is_refused(kind):
 
 
 def test_every_type_is_either_made_or_refused():
-    assert {name for name, _, _ in TYPES.values()} == NO_NUMBERS | {"F64"} | set(KNOWN)
+    assert {name for name, _, _ in TYPES.values()} == NO_NUMBERS | {"F64", "I32"} | set(KNOWN)
     for kind in KNOWN:
         types.check(kind, "blk.0.x")
 
