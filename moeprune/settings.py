@@ -213,7 +213,7 @@ class Settings:
     max_loops: float = setting(0.0, number, "test", "fail when more texts loop: share beyond the parent's")
     max_unended: float = setting(0.1, number, "test", "fail when more texts do not end: share beyond the parent's")
     min_answers: float = setting(
-        0.8, number, "test", "fail below this share of the parent's right answers, valid JSON and tool calls"
+        0.8, number, "test", "fail below this share of the parent's right answers, valid JSON and right keys"
     )
     max_script_drift: float = setting(
         0.05, number, "test", "fail when this share of texts is in another script than the parent's"

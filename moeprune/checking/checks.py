@@ -126,7 +126,7 @@ def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
         _more("endings", f"do not end {within}", rates["not ended"], settings.max_unended),
         _fewer("answers", rates["correct"], settings.min_answers),
         _fewer("JSON", rates["valid JSON"], settings.min_answers),
-        _fewer("tool calls", rates["right JSON keys"], settings.min_answers),
+        _fewer("JSON keys", rates["right JSON keys"], settings.min_answers),
     ]
     if not generation["enough_prompts"] and found[1].status == PASS:
         reason = f"{generation['prompts']} prompts cannot show a doubling of a 3% loop rate; that needs "
@@ -135,11 +135,11 @@ def _text(report: Mapping[str, Any], settings: Settings) -> list[Check]:
 
 
 # What the last line tells, in this order, and how it calls it.
-WORDS = {"answers": "right answers", "JSON": "valid JSON", "tool calls": "right JSON keys",
+WORDS = {"answers": "right answers", "JSON": "valid JSON", "JSON keys": "right JSON keys",
          "generated text": "broken texts", "loops": "looping texts", "endings": "texts without an end"}  # fmt: skip
 TOLD = (*WORDS, "script", "loss", "same top token", "worst domain")
 ALIKE = "limit the parent's rate, but for chance"
-TEXT_CHECKS = ("generated text", "loops", "endings", "answers", "JSON", "tool calls", "script")
+TEXT_CHECKS = ("generated text", "loops", "endings", "answers", "JSON", "JSON keys", "script")
 
 
 def _broken(rates: Mapping[str, Any], limit: float) -> Check:

@@ -70,7 +70,7 @@ FAILING = {
     "endings": {"not ended": rate(300, 800, 20)},
     "answers": {"correct": rate(400, 642, 632)},
     "JSON": {"valid JSON": rate(22, 40, 40)},
-    "tool calls": {"right JSON keys": rate(22, 40, 40)},
+    "JSON keys": {"right JSON keys": rate(22, 40, 40)},
     "script": {"generation": report()["generation"] | {
         "script_drift": {"hits": 60, "count": 484, "interval": list(statistics.wilson(60, 484)), "moves": {}}
     }},
@@ -91,7 +91,7 @@ def test_a_good_cut_of_the_demo_model_passes_with_warnings():
     found = verdicts({})
     assert {check.status for check in found.values()} == {"pass"}
     assert {name for name, check in found.items() if check.warning} == {
-        "KL", "loss", "same top token", "worst domain", "answers", "JSON", "tool calls",
+        "KL", "loss", "same top token", "worst domain", "answers", "JSON", "JSON keys",
     }  # fmt: skip
 
 
@@ -120,7 +120,7 @@ LIMITS = {
     "endings": {"max_unended": 0.5},
     "answers": {"min_answers": 0.1},
     "JSON": {"min_answers": 0.1},
-    "tool calls": {"min_answers": 0.1},
+    "JSON keys": {"min_answers": 0.1},
     "script": {"max_script_drift": 0.2},
 }
 
@@ -147,7 +147,7 @@ def test_without_a_parent_only_what_needs_none_is_tested():
     alone = {name: rate(600, 800, None) for name in ("broken", "loop", "not ended", "correct")}
     found = verdicts({**alone, "fidelity": None, "random_cuts": None, "structure": None})
     tested = {name for name, check in found.items() if check.status != "not tested"}
-    assert tested == {"generated text", "JSON", "tool calls", "script"}
+    assert tested == {"generated text", "JSON", "JSON keys", "script"}
     assert found["generated text"].status == "fail"
 
 
