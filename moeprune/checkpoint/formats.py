@@ -76,7 +76,6 @@ def _quark_rotation(settings: Settings) -> str:
     return "Quark rotated the inputs of these weights, which the model's own code does not do" if rotated else ""
 
 
-CODEBOOKS = "its weights are indices into codebooks, permuted and with outliers"
 ROTATED = "its weights fit rotated inputs only"
 ROUNDED = "its own layers round what goes into them, which the model's plain code does not do"
 BLOCKED = "its scales are laid out in blocks for a GPU"
@@ -112,7 +111,7 @@ FORMATS = (
     Format("hqq", "HQQ", _method("hqq")),
     Format("quanto", "Quanto: 8 bits; 4 and 2 bits are cut only", _method("quanto"), packed=r"\._data\._data$"),
     Format("aqlm", "AQLM", _method("aqlm"), packed=r"\.codes$"),
-    Format("vptq", "VPTQ, cut only", _method("vptq"), _never(CODEBOOKS), r"\.indices$"),
+    Format("vptq", "VPTQ", _method("vptq"), packed=r"\.indices$"),
     Format("spqr", "SpQR, cut only", _method("spqr"), _never("its outliers lie in sparse rows"), r"\.dense_weights$"),
     Format("higgs", "HIGGS, cut only", _method("higgs"), _never(f"{ROTATED}, and FLUTE shuffled them"), r"\.tables2$"),
     Format("fp_quant", "FP-Quant, cut only", _method("fp_quant"), _never(ROTATED), r"\.(qweight|dqweight|\w+_matrix)$"),

@@ -109,13 +109,14 @@ def _about(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _own(stem: str, plain: str, quantization: Quantization, about: Mapping[str, str]) -> Quantization:
-    """Settings of one module (MLX; Gemma, by a pattern) or tensor (torchao) alone."""
+    """Settings of one module (MLX; VPTQ; Gemma, by a pattern) or tensor (torchao) alone."""
     if plain in about:
         said = json.loads(about[plain])
         return {"_type": said.get("_type"), **said.get("_data", {})}
     module = stem.rstrip(".")
+    by_name = {**quantization, **(quantization.get("config_for_layers") or {})}
     patterns = quantization.get("module_quant_configs") or {}
-    own = next((own for pattern, own in patterns.items() if re.search(pattern, module)), quantization.get(module))
+    own = next((own for pattern, own in patterns.items() if re.search(pattern, module)), by_name.get(module))
     return own if isinstance(own, dict) else {}
 
 

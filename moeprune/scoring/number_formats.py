@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moeprune.scoring import decoding, torchao
+from moeprune.scoring import decoding, torchao, vptq
 from moeprune.scoring.decoding import Make, Quantization, Stored
 
 
@@ -71,6 +71,15 @@ QUANTO_DENSE = {"weight._data._data": "U8", "weight._scale": REAL, "weight._shif
 AQLM = {"codes": "I8 I16 I32", "codebooks": REAL, "scales": REAL}
 GEMMA = {"weight": "U8 I8", "weight_scale": "F32"}
 GEMMA_TABLE = {"embedding_quantized": "U8 I8", "embedding_scale": "F32"}
+VPTQ = {"indices": "I32", "centroids.weight": REAL}
+VPTQ_MORE = (
+    "res_centroids.weight",
+    "outlier_indices",
+    "outlier_centroids.weight",
+    "perm",
+    "weight_scale",
+    "weight_bias",
+)
 AO_TILES = {"_qdata": "I32", "_scale_and_zero": REAL}
 # The first entry whose tensors are all there is taken.
 TABLE = tuple(
@@ -104,6 +113,7 @@ TABLE = tuple(
         Format("Quanto", QUANTO, (), "weight", decoding.quanto),
         Format("Quanto, 4 and 2 bits", QUANTO_DENSE, (), "weight", decoding.quanto),
         Format("AQLM", AQLM, (), "weight", decoding.aqlm),
+        Format("VPTQ", VPTQ, VPTQ_MORE, "weight", vptq.decoded),
         Format("torchao", AO, ("_zero_point", "_per_tensor_scale"), "", torchao.decoded),
         Format("torchao, in tiles", AO_TILES, (), "", torchao.decoded),
     )

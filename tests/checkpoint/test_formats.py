@@ -93,11 +93,11 @@ def test_every_method_of_transformers_is_known():
     assert methods - known == set(formats.REFUSED)
 
 
-@pytest.mark.parametrize("name", ["vptq", "spqr", "higgs", "fp_quant", "eetq", "bitnet", "fouroversix"])
+@pytest.mark.parametrize("name", ["spqr", "higgs", "fp_quant", "eetq", "bitnet", "fouroversix"])
 def test_what_is_cut_only_says_so_before_it_is_scored(tmp_path, name):
     with pytest.raises(InputError, match="score the original checkpoint and cut this one"):
         formats.check_scorable(written(tmp_path, WRITTEN[name]))
-    for other in ("awq", "hqq", "aqlm", "quark"):
+    for other in ("awq", "hqq", "vptq", "quark"):
         formats.check_scorable(written(tmp_path / other, WRITTEN[other]))
 
 

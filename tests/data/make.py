@@ -195,6 +195,52 @@ def aqlm(out: Path) -> Values:
     return {name: value.detach() for name, value in values.items()}
 
 
+# Outliers, a residual, a permutation, and pieces of six outputs, which leave a rest; and none of these.
+VPTQ_KINDS = (
+    {"vector_lens": [4, 6], "num_centroids": [16, 32], "num_res_centroids": [-1, 8], "outlier_size": 8}
+    | {"enable_norm": True, "enable_perm": True},
+    {"vector_lens": [-1, 4], "num_centroids": [-1, 64], "num_res_centroids": [-1, -1], "outlier_size": 0}
+    | {"enable_norm": False, "enable_perm": False},
+)
+
+
+def vptq(out: Path) -> Values:
+    """VPTQ's own layers, filled at random; given the unit matrix, they show the weight."""
+    unused = ("sentence_transformers", "sentence_transformers.SentenceTransformer")
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in unused}):
+        from vptq import VQuantLinear
+        from vptq.utils.pack import pack_index
+
+    folder, values, by_name = base(), {}, {}
+    state = load_file(folder / "model.safetensors")
+    for name, layer in linear_layers(state).items():
+        said = VPTQ_KINDS["down_proj" in name] | {"group_num": 2, "indices_as_float": False, "is_indice_packed": True}
+        said["group_size"] = (layer.in_features - said["outlier_size"]) // 2
+        sizes = layer.in_features, layer.out_features
+        made = VQuantLinear(*sizes, **said, dtype=torch.float32, enable_proxy_error=False).requires_grad_(False)
+        made.indices.data = pack_index(*filled(made), made.res_index_bits)
+        values[f"{name}.weight"] = made(torch.eye(layer.in_features)).T
+        by_name[name] = said | {"in_features": layer.in_features, "out_features": layer.out_features}
+        replace(state, name, made.state_dict())
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    write_config(out, folder, transformers.VptqConfig(config_for_layers=by_name).to_dict())
+    return values
+
+
+def filled(layer: torch.nn.Module) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+    """Random numbers for a layer of VPTQ; the indices, their bits and those of the residual are yet to be packed."""
+    for name, tensor in layer.named_parameters():
+        if tensor.is_floating_point():
+            tensor.data.normal_(0, layer.in_features**-0.5)
+        elif name == "perm":
+            tensor.data = torch.randperm(layer.in_features).short()
+        elif name == "outlier_indices":
+            tensor.data.random_(0, layer.num_outlier_centroids)
+    shape = (layer.num_codebooks, layer.num_indices, layer.group_size)
+    more = torch.randint(0, layer.num_res_centroids, shape).short() if layer.enable_residual else None
+    return torch.randint(0, layer.num_centroids, shape).short(), layer.index_bits, more
+
+
 def replace(state: Values, name: str, parts: Values) -> None:
     """The weight of a layer gives way to what a library keeps of it."""
     del state[f"{name}.weight"]
@@ -428,6 +474,7 @@ MAKERS: dict[str, tuple[Callable[[Path], Values], tuple[str, ...]]] = {
     "hqq": (hqq, ("hqq",)),
     "quanto": (quanto, ("optimum-quanto",)),
     "aqlm": (aqlm, ("aqlm",)),
+    "vptq": (vptq, ("vptq",)),
     "unsloth": (bitsandbytes, ("bitsandbytes",)),
 }
 KEPT = ("model.safetensors", "config.json", "hf_quant_config.json", "quantization_config.json", "quanto_qmap.json")

@@ -119,6 +119,21 @@ def test_awq_for_one_kernel(tmp_path, group, groups):
         plain(tmp_path, tensors, settings)
 
 
+def test_vptq_with_indices_of_a_whole_word(tmp_path):
+    """Sixteen bits of each codebook, where the residual's highest is the word's sign."""
+    index = np.random.default_rng(8).integers(0, 2**16, (2, 3, 8))  # of both books: pieces, inputs
+    books = torch.randn(2, 2**16 * 2)
+    tensors = {"m.indices": pack(index[0] | index[1] << 16, 32)[None], "m.centroids.weight": books[:1]}
+    tensors["m.res_centroids.weight"] = books[1:]
+    said = {"vector_lens": [-1, 2], "num_centroids": [-1, 2**16], "num_res_centroids": [-1, 2**16]}
+    own = {"m": said | {"group_num": 1, "group_size": 8, "out_features": 5}}
+    found = plain(tmp_path, tensors, {"quant_method": "vptq", "config_for_layers": own})["m.weight"]
+    first, second = (book.view(-1, 2)[torch.from_numpy(at)] for book, at in zip(books, index, strict=True))
+    same(found, (first + second).transpose(1, 2).reshape(6, 8)[:5].contiguous())
+    with pytest.raises(InputError, match="lack vector_lens"):
+        plain(tmp_path, tensors, {"quant_method": "vptq"})
+
+
 def test_quantos_four_bits_do_not_tell_their_shape(tmp_path):
     parts = {"weight._data._data": bytes_(4, 32), "weight._scale": torch.rand(8, 1), "weight._shift": torch.rand(8, 1)}
     with pytest.raises(InputError, match="how many outputs"):
