@@ -60,7 +60,7 @@ def readme_table() -> str:
         steps = ", ".join(stage for stage in STAGES if stage in f.metadata["stages"])
         flag = f"`{flag_name(f)}`" if steps and not f.metadata["secret"] else ""
         default = f"`{shown_default(f)}`" if shown_default(f) else ""
-        text = f.metadata["help"].replace("|", "\\|")
+        text = f.metadata["help"].replace("|", "\\|").replace("](", "\\](")  # no cell's end, no link
         rows.append(f"| `{env_name(f)}` | {flag} | {steps or 'run.sh'} | {default} | {text} |")
     return "\n".join(rows) + "\n"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -20,6 +22,22 @@ def test_generated_part_is_current(part):
     name, marks, make = documents.PARTS[part]
     _, middle, _ = documents.between((ROOT / name).read_text(encoding="utf-8"), *marks)
     assert middle == make(), MEND
+
+
+def _anchors(text: str) -> set[str]:
+    """The places in a page that a link can name, as hubs make them from headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"))
+    links = re.findall(r"(?<!\\)\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", prose)
+    for name, anchor in links:
+        target = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        assert target.is_file(), name
+        assert not anchor or anchor in _anchors(target.read_text(encoding="utf-8")), (name, anchor)
 
 
 def test_command_line_is_frozen():
