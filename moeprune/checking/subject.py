@@ -26,6 +26,7 @@ from moeprune.errors import InputError
 from moeprune.scoring.building import DTYPES, build, pick_device
 from moeprune.scoring.dequantize import DTYPES as STORED
 from moeprune.scoring.loading import OUTSIDE
+from moeprune.scoring.mlx import is_mlx
 from moeprune.scoring.streaming import LayerStream
 from moeprune.settings import Settings
 
@@ -78,7 +79,7 @@ def load_model(folder: Path, settings: Settings) -> Any:
         model = model.eval().to(device(settings))
     astray = [*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])]
     if astray:
-        raise InputError(f"{folder} lacks or misshapes {len(astray)} weights, {min(astray)} for one; it cannot be used")
+        raise CannotLoad(f"for transformers {folder} lacks or misshapes {len(astray)} weights, such as {min(astray)}")
     return model
 
 
@@ -88,6 +89,8 @@ def loaded_bytes(folder: Path, settings: Settings) -> int:
     It alone knows which quantized weights it keeps as they are, and which it turns into the type that computes.
     """
     checkpoint = open_checkpoint(folder)
+    if is_mlx(checkpoint):
+        raise CannotLoad(f"{folder} is laid out for MLX, which transformers cannot load")
     if checkpoint.container == "gguf":
         model: Any = build(checkpoint, settings)
     else:

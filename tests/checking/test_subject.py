@@ -38,6 +38,13 @@ def _gguf(folder: Path) -> Path:
 MADE = {"bf16": lambda folder: tiny.make("mixtral", folder, dtype=torch.bfloat16), "gguf": _gguf}
 
 
-def test_a_model_that_cannot_be_loaded_is_said_to_be_so(tmp_path: Path) -> None:
-    with pytest.raises(subject.CannotLoad, match="transformers cannot load"):
-        subject.loaded_bytes(DATA / "awq", Settings())
+@pytest.mark.parametrize(("form", "why"), [("awq", "transformers cannot load"), ("mlx", "laid out for MLX")])
+def test_a_model_that_cannot_be_loaded_is_said_to_be_so(form: str, why: str) -> None:
+    with pytest.raises(subject.CannotLoad, match=why):
+        subject.loaded_bytes(DATA / form, Settings())
+
+
+def test_a_model_that_loads_in_part_cannot_be_loaded(tmp_path: Path) -> None:
+    """It can still be streamed, which knows more layouts; unsloth makes a linear layer of each expert."""
+    with pytest.raises(subject.CannotLoad, match=r"lacks or misshapes 8 weights, such as model.layers.0.mlp.experts"):
+        subject.load_model(DATA / "unsloth", Settings(device="cpu"))
