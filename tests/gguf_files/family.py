@@ -25,7 +25,6 @@ class Family:
     keys: Callable[[Config], Config] = lambda _: {}  # of the metadata, beside those that all families have
     turned: Callable[[Config, str, str, np.ndarray], Iterable[Written]] = lambda *_: ()
     named_as: str = ""  # the architecture whose names these are, where the gguf package lacks this one
-    exact: bool = True  # False: arithmetic on the way cannot be undone to the bit
 
 
 def joined(join: Callable[[np.ndarray, np.ndarray], Arrays]) -> Back:

@@ -87,7 +87,7 @@ def _qwen35(config: Config, stored_as: str, name: str, array: np.ndarray) -> Ite
         value = value.reshape(flat.shape)
         tail = value[start:].reshape(each, keys, -1).swapaxes(0, 1).reshape(-1, flat.shape[1])
         whole = np.concatenate((value[:start], tail)).reshape(array.shape)
-        return {name: np.log(-whole) if name.endswith("A_log") else whole}
+        return {name: _logarithm(-whole) if name.endswith("A_log") else whole}
 
     tiled = tiled.reshape(-1) if array.ndim == 1 else tiled
     yield stored_as, -np.exp(tiled) if name.endswith("A_log") else tiled, back
@@ -207,7 +207,6 @@ HYBRID = {
         },
         keys=_qwen35_keys,
         turned=_qwen35,
-        exact=False,
     ),
     "qwen3_next": Family("qwen3next", keys=_qwen3_next_keys, turned=_qwen3_next),
     "kimi_linear": Family(  # llama.cpp adds another epsilon to the lengths of queries and keys, which short ones show

@@ -202,7 +202,6 @@ SHARED = {
         keys=_minimax_m3,
         turned=_minimax_m3_turned,
         named_as="exaone-moe",
-        exact=False,
     ),
     "hy_v3": Family("hy_v3", keys=_hy_v3, turned=_bare_bias, named_as="exaone-moe"),
     "solar_open": Family("glm4moe", overrides={"rope_parameters": WHOLE}, keys=sigmoid),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.checkpoint.formats import FORMATS, format_of
@@ -15,7 +14,6 @@ from tests.checkpoint import hub
 from tests.contracts import documents
 from tests.data.make import FOLDER, MAKERS
 from tests.gguf_files.families import FAMILIES
-from tests.gguf_files.family import Family
 from tests.pruning import test_quantized
 
 MARKS = ("<!-- proven -->", "<!-- end of proven -->")
@@ -48,8 +46,8 @@ HOW = {
     "gguf": f"single, split, one tensor per expert, rows that neighbours share, without MTP layers: {BYTES}",
 }
 SCORED = (
-    "the sums of the plain checkpoint with the same values, to the bit ({} within 1e-6); every type but Q8_K and Q1_0 "
-    "to the bit as the gguf package reads it; other architectures are refused and cut with the original's scores"
+    "the sums of the plain checkpoint with the same values, to the bit; every type but Q8_K and Q1_0 to the "
+    "bit as the gguf package reads it; other architectures are refused and cut with the original's scores"
 )
 
 
@@ -68,11 +66,6 @@ def how(form: str, wrote: dict[str, str]) -> str:
     return "; ".join(text for text in (HOW.get(form), wrote.get(form)) if text)
 
 
-def architectures(ways: Iterable[Family]) -> str:
-    """What GGUF calls them, each once."""
-    return ", ".join(f"`{name}`" for name in dict.fromkeys(way.architecture for way in ways))
-
-
 def table() -> str:
     """The rows of the README's table."""
     families = ", ".join(f"`{name}`" for name in tiny.FAMILIES)
@@ -88,8 +81,8 @@ def table() -> str:
     wrote = by_libraries()
     rows += [f"| format {entry.name}: {entry.text} | {how(entry.name, wrote)} |" for entry in FORMATS]
     rows.append(f"| format gguf | {HOW['gguf']} |")
-    inexact = architectures([way for way in FAMILIES.values() if not way.exact])
-    rows.append(f"| GGUF files, scored and judged: {architectures(FAMILIES.values())} | {SCORED.format(inexact)} |")
+    gguf = ", ".join(f"`{name}`" for name in dict.fromkeys(way.architecture for way in FAMILIES.values()))
+    rows.append(f"| GGUF files, scored and judged: {gguf} | {SCORED} |")
     commuting = ", ".join(test_quantized.STACKED)
     rows.append(f"| slice, then dequantize = dequantize, then slice | bit for bit, stacked: {commuting} |")
     return "\n".join(rows) + "\n"

@@ -62,6 +62,11 @@ class Facts:
         """Whether some layer has this tensor, or the file where it is no layer's."""
         return bool(self.shape(leaf))
 
+    def kinds(self, leaf: str, there: str, elsewhere: str) -> list[str]:
+        """The kind of each layer of the trunk, by whether it has this tensor."""
+        names = (f"blk.{layer}.{leaf}" for layer in range(self.layers))
+        return [there if name in self.checkpoint.tensors else elsewhere for name in names]
+
     def values(self, name: str) -> list[float]:
         """The numbers of a small tensor in 32 bits, none where the file lacks it."""
         if name not in self.checkpoint.tensors:

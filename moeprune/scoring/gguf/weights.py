@@ -18,7 +18,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
 from moeprune.scoring.dequantize import Recipe, Stored
-from moeprune.scoring.gguf import library
 from moeprune.scoring.gguf.facts import INSTEAD, Facts, common
 from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, Model
 from moeprune.scoring.gguf.table import REFUSED, TABLE
@@ -46,8 +45,6 @@ Way = Callable[[torch.Tensor], torch.Tensor]
 def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The configuration, from the metadata and the shapes."""
     facts = Facts(checkpoint)
-    if facts.architecture in library.ARCHITECTURES:
-        return AutoConfig.for_model(**library.config_of(checkpoint))
     model = _model(facts)
     found: dict[str, Any] = {"model_type": model.model_type, "architectures": [model.architecture]}
     return AutoConfig.for_model(**found | common(facts) | model.config(facts))
@@ -73,10 +70,6 @@ def recipes(checkpoint: Checkpoint) -> Mapping[str, Recipe]:
             match = LAYER.fullmatch(tensor.name)
             of_layer = layers.setdefault(int(match["layer"]) if match else -1, {})
             of_layer[match["leaf"] if match else tensor.name] = tensor.name
-    if facts.architecture in library.ARCHITECTURES:
-        return library.recipes(
-            checkpoint, config_of(checkpoint), [name for part in layers.values() for name in part.values()]
-        )
     model, found = _model(facts), dict[str, Recipe]()
     for layer, leaves in sorted(layers.items()):
         if layer < facts.layers:
