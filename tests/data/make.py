@@ -8,38 +8,29 @@ weight as the library itself dequantizes it. The tests compare with these and ne
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import runpy
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from unittest import mock
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.data import matrices
+from tests.data.of_torchao import torchao, torchao_each
+from tests.data.plain import Values, base, load
 
 FOLDER = Path(__file__).parent
-SIZES = {
-    "vocab_size": 64,
-    "num_experts": 5,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "tie_word_embeddings": True,
-}
 OSS = {"vocab_size": 64, "num_local_experts": 5, "num_attention_heads": 2, "num_hidden_layers": 2} | {
     "layer_types": ["sliding_attention", "full_attention"]
 }
 UNQUANTIZED = ["lm_head", "re:.*embed_tokens", "re:.*mlp.gate$", "re:.*norm$"]
-Values = dict[str, torch.Tensor]  # plain name -> what the library makes of it
 
 
 def digest(value: torch.Tensor) -> str:
@@ -48,219 +39,9 @@ def digest(value: torch.Tensor) -> str:
     return hashlib.sha256(f"{value.dtype} {list(value.shape)} ".encode() + content).hexdigest()[:16]
 
 
-def base() -> Path:
-    """The model that is quantized, with a tokenizer, as some libraries ask for one."""
-    folder = Path(tempfile.mkdtemp())
-    tiny.make("qwen3_moe", folder, dtype=torch.bfloat16, **SIZES)
-    tiny.tokenizer(folder)
-    return folder
-
-
-def load(folder: Path) -> torch.nn.Module:
-    """The model in memory."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-
-
 def linears(tensors: Iterable[str], ending: str) -> list[str]:
     """The modules that have a tensor of this ending."""
     return [name.removesuffix(f".{ending}") for name in tensors if name.endswith(f".{ending}")]
-
-
-def torchao(out: Path, kind: str) -> Values:
-    """Weights and whole stacks of experts, through transformers."""
-    from torchao import quantization
-
-    config = {
-        "int8": lambda: quantization.Int8WeightOnlyConfig(version=2),
-        "float8": lambda: quantization.Float8WeightOnlyConfig(),
-        "int4": lambda: quantization.Int4WeightOnlyConfig(group_size=32),
-    }[kind]()
-    everything = quantization.FqnToConfig(
-        {r"re:.*experts\.gate_up_proj": config, r"re:.*experts\.down_proj": config, "_default": config}
-    )
-    with int4_packing() if kind == "int4" else contextlib.nullcontext():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            base(), dtype=torch.bfloat16, quantization_config=transformers.TorchAoConfig(everything)
-        )
-    model.save_pretrained(out)
-    quantized = {name: t for name, t in model.state_dict().items() if type(t) is not torch.Tensor}
-    if kind != "int4":
-        return {name: t.dequantize() for name, t in quantized.items()}
-    weights = load(base()).state_dict()  # the same again: its numbers are seeded
-    return {name: int4_values(t, weights[name]) for name, t in quantized.items()}
-
-
-@contextlib.contextmanager
-def int4_packing() -> Iterator[None]:
-    """torchao's own import of mslk, whose packing is plain torch while the rest of it needs a GPU."""
-    from torchao.quantization.quantize_.workflows.int4 import int4_tensor
-
-    gpu = "mslk.quantize.triton.fp8_quantize"
-    parents = [gpu.rsplit(".", count)[0] for count in range(4)]
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in parents}):
-        packing = runpy.run_path(str(metadata.distribution("mslk-cuda").locate_file("mslk/quantize/shuffle.py")))
-    names = ("pack_int4", "int4_row_quantize_zp")
-    with mock.patch.multiple(int4_tensor, **{name: packing[name] for name in names}):
-        yield
-
-
-def int4_values(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What mslk's kernels multiply with: value * scale + zero; never farther from the weight than half a step."""
-    low, high = tensor.qdata << 4 >> 4, tensor.qdata >> 4  # signed, so the sign bit is spread
-    value = torch.stack((low, high), dim=-1).flatten(-2).unflatten(-1, (-1, tensor.block_size[-1])).float()
-    scale, zero = (part.mT.unsqueeze(-1).float() for part in (tensor.scale, tensor.zero_point))
-    values = value * scale + zero
-    assert ((values.flatten(-2) - weight.float()).abs() <= (scale * 0.55 + 1e-3).expand_as(value).flatten(-2)).all()
-    return values.flatten(-2)
-
-
-def torchao_each(out: Path) -> Values:
-    """A matrix of each expert, as older models have them in memory; torchao writes and describes the tensors."""
-    from torchao import quantization
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-
-    folder, config = base(), quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32))
-    state = load_file(folder / "model.safetensors")
-    for name, layer in linear_layers(state).items():
-        quantization.quantize_(layer, config)
-        state[f"{name}.weight"] = layer.weight.data
-    tensors, about = flatten_tensor_state_dict(state)
-    save_file(tensors, out / "model.safetensors", about | {"format": "pt"})
-    write_config(out, folder, transformers.TorchAoConfig(config).to_dict())
-    return {name: t.dequantize() for name, t in state.items() if type(t) is not torch.Tensor}
-
-
-def hqq(out: Path) -> Values:
-    """A matrix of each expert, as transformers 4.57 saves them: the state of HQQ's own layers, bits in turns."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    folder, values = base(), {}
-    state = load_file(folder / "model.safetensors")
-    kinds = [
-        {"nbits": 4, "group_size": 32},
-        {"nbits": 3, "group_size": 64, "view_as_float": True},
-        {"nbits": 2, "group_size": 32, "axis": 0},
-        {"nbits": 8, "group_size": None},
-    ]
-    for at, (name, layer) in enumerate(linear_layers(state, "_proj.weight", "mlp.gate.weight").items()):
-        kind = kinds[".1." in name] if name.endswith("gate") else kinds[at % len(kinds)]
-        config = BaseQuantizeConfig(**{"axis": 1} | kind)
-        made = HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
-        values[f"{name}.weight"] = made.dequantize()
-        replace(state, name, {key: value for key, value in made.state_dict().items() if value is not None})
-    save_file(state, out / "model.safetensors", {"format": "pt"})
-    settings = transformers.HqqConfig(nbits=4, group_size=32, skip_modules=["lm_head"]).to_dict()
-    write_config(out, folder, settings)
-    return values
-
-
-def quanto(out: Path) -> Values:
-    """optimum-quanto, for which the model is one with a matrix of each expert; config.json does not know."""
-    from optimum.quanto import QLinear, freeze, qfloat8, qint8
-
-    folder, values, quantized = base(), {}, {}
-    state = load_file(folder / "model.safetensors")
-    for at, (name, layer) in enumerate(linear_layers(state).items()):
-        kind = (qint8, qfloat8)[at % 2]
-        made = QLinear.from_module(layer, weights=kind)
-        freeze(made)
-        values[f"{name}.weight"] = made.weight.dequantize()
-        quantized[name] = {"weights": kind.name, "activations": "none"}
-        replace(state, name, made.state_dict())
-    save_file(state, out / "model.safetensors", {"format": "pt"})
-    shutil.copy(folder / "config.json", out / "config.json")
-    (out / "quanto_qmap.json").write_text(json.dumps(quantized, indent=4))
-    return values
-
-
-def aqlm(out: Path) -> Values:
-    """AQLM's own layers, filled at random; its kernels for a CPU would turn the codes, so its formula is asked."""
-    from aqlm import QuantizedLinear
-    from aqlm.utils import _dequantize_weight, pack_int_data, unpack_int_data
-
-    folder, values = base(), {}
-    state = load_file(folder / "model.safetensors")
-    books, bits = 2, 5
-    for name, layer in linear_layers(state).items():
-        made = QuantizedLinear(layer.in_features, layer.out_features, 8, 1, books, bits, bias=False)
-        made.codebooks.data.normal_(0, layer.in_features**-0.5)
-        made.scales.data.uniform_(0.5, 1.5)
-        codes = torch.randint(0, 2**bits, made.codes.shape)
-        made.codes.data = pack_int_data(codes, bits)
-        values[f"{name}.weight"] = _dequantize_weight(unpack_int_data(made.codes, bits), made.codebooks, made.scales)
-        replace(state, name, made.state_dict())
-    save_file(state, out / "model.safetensors", {"format": "pt"})
-    settings = transformers.AqlmConfig(8, 1, books, bits, linear_weights_not_to_quantize=["lm_head.weight"]).to_dict()
-    write_config(out, folder, settings)
-    return {name: value.detach() for name, value in values.items()}
-
-
-# Outliers, a residual, a permutation, and pieces of six outputs, which leave a rest; and none of these.
-VPTQ_KINDS = (
-    {"vector_lens": [4, 6], "num_centroids": [16, 32], "num_res_centroids": [-1, 8], "outlier_size": 8}
-    | {"enable_norm": True, "enable_perm": True},
-    {"vector_lens": [-1, 4], "num_centroids": [-1, 64], "num_res_centroids": [-1, -1], "outlier_size": 0}
-    | {"enable_norm": False, "enable_perm": False},
-)
-
-
-def vptq(out: Path) -> Values:
-    """VPTQ's own layers, filled at random; given the unit matrix, they show the weight."""
-    unused = ("sentence_transformers", "sentence_transformers.SentenceTransformer")
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in unused}):
-        from vptq import VQuantLinear
-        from vptq.utils.pack import pack_index
-
-    folder, values, by_name = base(), {}, {}
-    state = load_file(folder / "model.safetensors")
-    for name, layer in linear_layers(state).items():
-        said = VPTQ_KINDS["down_proj" in name] | {"group_num": 2, "indices_as_float": False, "is_indice_packed": True}
-        said["group_size"] = (layer.in_features - said["outlier_size"]) // 2
-        sizes = layer.in_features, layer.out_features
-        made = VQuantLinear(*sizes, **said, dtype=torch.float32, enable_proxy_error=False).requires_grad_(False)
-        made.indices.data = pack_index(*filled(made), made.res_index_bits)
-        values[f"{name}.weight"] = made(torch.eye(layer.in_features)).T
-        by_name[name] = said | {"in_features": layer.in_features, "out_features": layer.out_features}
-        replace(state, name, made.state_dict())
-    save_file(state, out / "model.safetensors", {"format": "pt"})
-    write_config(out, folder, transformers.VptqConfig(config_for_layers=by_name).to_dict())
-    return values
-
-
-def filled(layer: torch.nn.Module) -> tuple[torch.Tensor, int, torch.Tensor | None]:
-    """Random numbers for a layer of VPTQ; the indices, their bits and those of the residual are yet to be packed."""
-    for name, tensor in layer.named_parameters():
-        if tensor.is_floating_point():
-            tensor.data.normal_(0, layer.in_features**-0.5)
-        elif name == "perm":
-            tensor.data = torch.randperm(layer.in_features).short()
-        elif name == "outlier_indices":
-            tensor.data.random_(0, layer.num_outlier_centroids)
-    shape = (layer.num_codebooks, layer.num_indices, layer.group_size)
-    more = torch.randint(0, layer.num_res_centroids, shape).short() if layer.enable_residual else None
-    return torch.randint(0, layer.num_centroids, shape).short(), layer.index_bits, more
-
-
-def replace(state: Values, name: str, parts: Values) -> None:
-    """The weight of a layer gives way to what a library keeps of it."""
-    del state[f"{name}.weight"]
-    state |= {f"{name}.{part}": tensor.detach().clone() for part, tensor in parts.items()}
-
-
-def linear_layers(state: Values, *endings: str) -> dict[str, torch.nn.Linear]:
-    """Every matrix of such a name (without one: all but routers), as a module of its own."""
-    layers = {}
-    for name, weight in state.items():
-        if name.endswith(endings or "_proj.weight"):
-            layers[name.removesuffix(".weight")] = layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            layer.weight.data = weight
-    return layers
-
-
-def write_config(out: Path, parent: Path, settings: object) -> None:
-    """The parent's config with settings of the quantization."""
-    config = tiny.read_config(parent) | {"quantization_config": settings}
-    (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def compressed_tensors(out: Path, scheme: str) -> Values:
@@ -471,10 +252,10 @@ MAKERS: dict[str, tuple[Callable[[Path], Values], tuple[str, ...]]] = {
     "quark_mxfp4": (functools.partial(quark, kind="mxfp4"), ("amd-quark",)),
     "mlx": (functools.partial(mlx, family="qwen3_moe"), ("mlx", "mlx-lm")),
     "mlx_gpt_oss": (functools.partial(mlx, family="gpt_oss"), ("mlx", "mlx-lm")),
-    "hqq": (hqq, ("hqq",)),
-    "quanto": (quanto, ("optimum-quanto",)),
-    "aqlm": (aqlm, ("aqlm",)),
-    "vptq": (vptq, ("vptq",)),
+    "hqq": (matrices.hqq, ("hqq",)),
+    "quanto": (matrices.quanto, ("optimum-quanto",)),
+    "aqlm": (matrices.aqlm, ("aqlm",)),
+    "vptq": (matrices.vptq, ("vptq",)),
     "unsloth": (bitsandbytes, ("bitsandbytes",)),
 }
 KEPT = ("model.safetensors", "config.json", "hf_quant_config.json", "quantization_config.json", "quanto_qmap.json")
