@@ -58,7 +58,14 @@ class Settings:
         "prune test serve",
         "folder of the pruned model; empty: a name from model and count, in the output folder",
     )
-    hf_token: str = setting("", str, "plan reap prune preview test", "hub access token", env="HF_TOKEN", secret=True)
+    hf_token: str = setting(
+        "",
+        str,
+        "plan reap prune preview test",
+        "access token of the hub, for private and gated models",
+        env="HF_TOKEN",
+        secret=True,
+    )
     trust_remote_code: bool = setting(
         False, switch, "reap preview test", "run model code that comes with the checkpoint"
     )

@@ -201,7 +201,7 @@ def _verdict(enough: bool | None, change: float, loss: float, noise: tuple[Domai
         few = ", ".join(part.domain for part in noise if part.change is None)
         return f"the calibration could not be judged: too few samples of {few}, give each of them at least 8; {chance}"
     if enough:
-        return f"the calibration is enough: {chance}, and {cost}"
+        return f"the calibration is enough for data of this kind: {chance}, and {cost}"
     wanted = [part for part in noise if part.factor > 1]
     more = ", ".join(_more(part) for part in wanted[:3]) or "every domain a little"
     return f"the calibration is not enough: {chance}, and {cost}; more would help of: {more}"

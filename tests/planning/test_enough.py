@@ -85,7 +85,7 @@ def test_enough_is_said_plainly():
     rng = np.random.default_rng(1)
     found = assess(drawn(rng, truth(rng, 2), [0.2, 0.2], [400, 400]), how())
     assert found.enough is True
-    assert found.verdict.startswith("the calibration is enough: about ")
+    assert found.verdict.startswith("the calibration is enough for data of this kind: about ")
     assert found.convergence[-1] == 1.0 and len(found.convergence) == 4
     assert all(share > 0.85 for share in found.jaccard.values())
 

@@ -101,7 +101,8 @@ def local_source(path: Path, limit: int | None = None) -> Source:
 
 
 def _file_part(path: Path, name: str, domain: str) -> Part:
-    return Part(name, domain, partial(READERS[path.suffix.lower()], path), path)
+    ending = path.suffix.lower()
+    return Part(name, domain, partial(READERS[ending], path), path, mapped=ending in TEXT_ENDINGS)
 
 
 def _is_data(file: Path) -> bool:

@@ -120,6 +120,13 @@ def test_columns_can_be_named(tmp_path):
     assert (list(sample.messages), sample.domain) == (CHAT, "law")
 
 
+def test_named_columns_are_not_asked_of_plain_texts(tmp_path):
+    write(tmp_path, "law.jsonl", lines([{"frage": "Hi", "antwort": "Hello"}]))
+    write(tmp_path, "prose.txt", "words")
+    found = samples(tmp_path, "prompt=frage,answer=antwort")
+    assert [sample.text or list(sample.messages) for sample in found] == [CHAT, "words"]
+
+
 def test_tools_stay_to_the_letter_and_calls_become_objects(tmp_path):
     tools = '[ {"name": "f", "parameters": {"a": {"type": "string"}}}, {"name": "g", "parameters": {}} ]'
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": "x"}'}}
