@@ -15,7 +15,6 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from tests.scoring.calibration.test_images import noise
 from transformers import AutoTokenizer
 
 import prune_model
@@ -26,6 +25,7 @@ from moeprune.scoring.calibration.load import load_calibration
 from moeprune.settings import Settings
 from tests import tiny
 from tests.scoring import vision
+from tests.scoring.calibration.test_images import noise
 from tests.scoring.test_oracle import oracle
 
 # Where the modules with the experts are, for the oracle. It does not know how Gemma calls its experts.

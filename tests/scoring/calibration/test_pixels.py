@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.scoring.calibration.test_images import mixed, noise
 
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import InputError
@@ -18,6 +17,7 @@ from moeprune.scoring.streaming import LayerStream
 from moeprune.settings import Settings
 from tests import tiny
 from tests.scoring import streamed, vision
+from tests.scoring.calibration.test_images import mixed, noise
 
 PATCH = 3 * 2 * 4 * 4  # values of a patch of the tiny Qwen3-VL: colours, two frames, 4 x 4 pixels
 
