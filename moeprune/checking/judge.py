@@ -15,7 +15,7 @@ from moeprune import console, metadata
 from moeprune.checking import checks, comparison, endpoint, generation, samples, structure, subject
 from moeprune.checking.case import Case, weight_bytes
 from moeprune.checkpoint.folder import open_checkpoint
-from moeprune.errors import MachineError
+from moeprune.errors import InputError, MachineError, StageError
 from moeprune.results import VERDICT
 from moeprune.scoring.memory import available
 from moeprune.scoring.run import load_tokenizer
@@ -70,6 +70,7 @@ def _inputs(case: Case | None, settings: Settings, key: str, held_out: Sequence[
 def _compare(case: Case, settings: Settings, data: Data) -> dict[str, Any]:
     """Everything that compares: in memory when both models fit, else streamed, without generation."""
     tokenizer = load_tokenizer(open_checkpoint(case.pruned).place, settings)
+    failure: type[StageError] = MachineError
     free = settings.judge_memory or _free(settings)
     try:
         needed = sum(subject.loaded_bytes(folder, settings) for folder in (case.pruned, case.parent) if folder)
@@ -77,10 +78,10 @@ def _compare(case: Case, settings: Settings, data: Data) -> dict[str, Any]:
             return _loaded(case, settings, data, tokenizer)
         why = f"loaded weights take {console.size(needed)}, {console.size(free)} are free: streamed, without generation"
     except subject.CannotLoad as error:
-        why = f"{error}: streamed, without generation"
+        why, failure = f"{error}: streamed, without generation", InputError
     console.warn(why)
     if case.parent is None:
-        raise MachineError(f"{why}; and {case.why_no_parent}, so nothing is left to test")
+        raise failure(f"{why}; and {case.why_no_parent}, so nothing is left to test")
     return _streamed(case, settings, data, tokenizer) | {"not_tested": {"generation": why}}
 
 
