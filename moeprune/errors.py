@@ -20,6 +20,11 @@ class StageError(Exception):
     exit_code = 1
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class UsageError(StageError):
     """Something wrong was asked for; another flag or setting mends it."""
 

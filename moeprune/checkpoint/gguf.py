@@ -237,6 +237,18 @@ def numbers(entry: Entry) -> list[Any]:
     return list(struct.unpack_from(f"<{length(entry)}{SCALARS[kind]}", entry.raw, 12))
 
 
+def texts(entry: Entry) -> list[str] | None:
+    """What an array of texts holds; nothing where the entry is anything else."""
+    if entry.type != ARRAY or struct.unpack_from("<I", entry.raw)[0] != STRING:
+        return None
+    found, at = [], 12
+    for _ in range(length(entry)):
+        (size,) = struct.unpack_from("<Q", entry.raw, at)
+        found.append(entry.raw[at + 8 : at + 8 + size].decode("utf-8", errors="replace"))
+        at += 8 + size
+    return found
+
+
 def with_number(entry: Entry, number: int) -> bytes:
     """The bytes of the entry with another number in it."""
     return struct.pack(f"<{SCALARS[entry.type]}", number)

@@ -18,12 +18,13 @@ from transformers.initialization import no_tie_weights
 from transformers.modeling_utils import local_torch_dtype
 
 from moeprune.checkpoint.folder import Checkpoint
-from moeprune.errors import InputError, MachineError, UsageError
+from moeprune.errors import InputError, MachineError, UsageError, reason
 from moeprune.scoring.gguf import weights as gguf_weights
 from moeprune.settings import Settings
 
 LARGE = 2**26  # elements; no buffer that a model computes with is that large and made empty
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_MODEL = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 REMOTE_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -60,9 +61,8 @@ def read_config(checkpoint: Checkpoint, settings: Settings) -> PreTrainedConfig:
             checkpoint.folder, trust_remote_code=settings.trust_remote_code
         )
     except (ValueError, KeyError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"transformers {transformers.__version__} cannot read the config of {checkpoint.folder}: {reason}"
+            f"transformers {transformers.__version__} cannot read the config of {checkpoint.folder}: {reason(error)}"
             + _remote_hint(checkpoint, settings)
         ) from None
     for part in _configs(config):
@@ -143,6 +143,11 @@ def build(checkpoint: Checkpoint, settings: Settings) -> PreTrainedModel:
     if not isinstance(config, wanted) and isinstance(config.get_text_config(), wanted):
         config = config.get_text_config()
     with torch.no_grad(), local_torch_dtype(dtype, chosen.__name__), no_tie_weights(), parameters_on_meta():
-        model: PreTrainedModel = chosen(config)
+        try:
+            model: PreTrainedModel = chosen(config)
+        except NO_MODEL as error:
+            raise InputError(
+                f"{checkpoint.folder}: {chosen.__name__} cannot be built of its configuration: {reason(error)}"
+            ) from None
     model.eval()
     return model

@@ -49,6 +49,8 @@ class LayerLoader:
         self.mapping = get_model_conversion_mapping(model) + _stacking(model, self.recipes)
         matched = _memory_names(self.recipes, model, self.mapping, in_memory)
         self.memory_name = {name: target for name, (target, _) in matched.items()}
+        if checkpoint.container == "gguf":
+            self._refuse_without_place(in_memory)
         self.direct = StraightReader(ways(model, checkpoint, self.recipes, self.mapping, matched), device)
         self.sources: dict[str, list[str]] = {layer: [] for layer in (*layers, OUTSIDE)}
         for name, target in self.memory_name.items():
@@ -75,6 +77,18 @@ class LayerLoader:
         self._empty: dict[str, torch.Tensor] = {}  # what stood in a parameter's place before it was loaded
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
         self._ahead: tuple[str, Future[tuple[Tensors, Tensors]]] | None = None
+
+    def _refuse_without_place(self, in_memory: Tensors) -> None:
+        """A GGUF file holds its model and nothing else, so what finds no place in it says that it is another."""
+        modules = self.model.modules()
+        unused = [pattern for m in modules for pattern in getattr(m, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        for name, target in self.memory_name.items():
+            if target not in in_memory and not any(re.search(pattern, target) for pattern in unused):
+                stored = next(iter(self.recipes[name].sources.values()))
+                raise InputError(
+                    f"{self.checkpoint.folder}: {stored} has no place in {type(self.model).__name__} as the metadata "
+                    "describe it; score the original model and cut this file with those scores (--other-scores)"
+                )
 
     def _borrow(self) -> dict[str, dict[str, str]]:
         """Layers whose parameters are those of others, name by name; from here on they are loaded with their owners."""

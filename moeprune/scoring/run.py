@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from moeprune import console
 from moeprune.checkpoint.families import Layout
 from moeprune.checkpoint.folder import Checkpoint
-from moeprune.errors import InputError
+from moeprune.errors import InputError, reason
 from moeprune.metadata import Sums
 from moeprune.scoring.adapters import attached, find_sites
 from moeprune.scoring.calibration.batching import Batch
@@ -37,9 +37,8 @@ def load_tokenizer(folder: Path, settings: Settings) -> Any:
             raise ValueError("its vocabulary is empty")
         return tokenizer
     except (ValueError, OSError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{folder} has no tokenizer that transformers {transformers.__version__} can load ({reason}); "
+            f"{folder} has no tokenizer that transformers {transformers.__version__} can load ({reason(error)}); "
             "copy tokenizer.json and tokenizer_config.json from the original model"
         ) from None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +15,14 @@ from moeprune.errors import InputError
 
 INSTEAD = "score the original model and cut this file with those scores (./run.sh prune --other-scores)"
 SIGMOID = 2  # expert_gating_func
+LARGEST = 2**20  # of what is no length of a text: sizes, heads, layers, experts
+LENGTH = re.compile(r"(context_length|temperature_length|sliding_window|chunk_size)$")
+POSITIVE = re.compile(r"freq_base|epsilon$|scaling\.factor$")
+WORDS = frozenset({"rope.scaling.type"})
 BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+LAYER = re.compile(r"blk\.(\d{1,6})\.")
 
 
 class Facts:
@@ -34,13 +43,35 @@ class Facts:
         """A value of the model's own section. Of a list with one value for each layer the largest."""
         name = f"{self.architecture}.{key}"
         if name in self.checkpoint.config:
+            self._refuse_nonsense(key, [self.checkpoint.config[name]])
             return shortest(self.checkpoint.config[name])
         return max(found) if (found := self.each(key)) else default
 
     def each(self, key: str) -> list[int]:
         """A list with one number for each layer."""
         entry = self._entries.get(f"{self.architecture}.{key}")
-        return gguf.numbers(entry) if entry is not None else []
+        if entry is None or entry.value is not None:
+            return []
+        found = gguf.numbers(entry)
+        self._refuse_nonsense(key, found or [f"{gguf.length(entry)} values that are no numbers"])
+        return found
+
+    def _refuse_nonsense(self, key: str, values: Sequence[Any]) -> None:
+        """An InputError where a value cannot be, whatever the model."""
+        for value in values:
+            if key in WORDS and isinstance(value, str):
+                continue
+            if isinstance(value, str) or not math.isfinite(value) or not self._possible(key, value):
+                raise self.damaged(f"{key} = {value!r:.60}")
+
+    def _possible(self, key: str, value: float) -> bool:
+        if isinstance(value, float):
+            return value > 0 or not POSITIVE.search(key)
+        return 0 <= value <= LARGEST or (value > 0 and LENGTH.search(key) is not None)
+
+    def damaged(self, said: str) -> InputError:
+        """For what cannot be."""
+        return InputError(f"{self.file} says {self.architecture}.{said}, which cannot be; fetch the file again")
 
     def by_layer(self, key: str) -> list[Any]:
         """A value for each layer of the trunk, where the file says one for all or a list."""
@@ -56,7 +87,11 @@ class Facts:
     @cached_property
     def layers(self) -> int:
         """Layers of the trunk; those behind predict further tokens."""
-        return int(self["block_count"]) - int(self.get("nextn_predict_layers", 0))
+        count, further = int(self["block_count"]), int(self.get("nextn_predict_layers", 0))
+        held = {int(match[1]) for name in self.checkpoint.tensors if (match := LAYER.match(name))}
+        if held - set(range(count)) or set(range(count - further)) - held or further >= count:
+            raise self.damaged(f"block_count = {count}, and holds {len(held)} layers up to {max(held, default=0)}")
+        return count - further
 
     def has(self, leaf: str) -> bool:
         """Whether some layer has this tensor, or the file where it is no layer's."""
@@ -71,7 +106,22 @@ class Facts:
         """The numbers of a small tensor in 32 bits, none where the file lacks it."""
         if name not in self.checkpoint.tensors:
             return []
+        if self.checkpoint.tensors[name].dtype != "F32":
+            raise InputError(f"{self.file}: {name} is not stored in 32 bits; {INSTEAD}")
         return [value for (value,) in struct.iter_unpack("<f", self.checkpoint.read_bytes(name))]
+
+    def rows(self, leaf: str) -> int:
+        """How many rows this tensor has."""
+        if not (shape := self.shape(leaf)):
+            raise InputError(f"{self.file} lacks {leaf}; fetch the file again")
+        return shape[0]
+
+    def token(self, name: str) -> int | None:
+        """The number of a special token."""
+        found = self.checkpoint.config.get(f"tokenizer.ggml.{name}")
+        if found is not None and not (type(found) is int and 0 <= found < self.rows("token_embd.weight")):
+            raise InputError(f"{self.file} says tokenizer.ggml.{name} = {found!r:.60}, which is no token of its model")
+        return found
 
     def shape(self, leaf: str) -> tuple[int, ...]:
         """The shape of this tensor, of a layer's in the first that has it."""
@@ -151,14 +201,15 @@ def rotating_part(facts: Facts) -> dict[str, Any]:
 
 def common(facts: Facts) -> dict[str, Any]:
     """What the configurations of all models have."""
-    embeddings = facts.checkpoint.tensors.get("token_embd.weight")
-    if embeddings is None:
-        raise InputError(f"{facts.file} has no token_embd.weight; it is no whole model")
-    tokens = {name: facts.checkpoint.config.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
+    shape, width = facts.shape("token_embd.weight"), facts["embedding_length"]
+    if len(shape) != 2 or shape[1] != width:
+        raise InputError(f"{facts.file}: token_embd.weight has the shape {list(shape)}, not rows of {width}")
+    if facts["expert_used_count"] > facts["expert_count"]:
+        raise facts.damaged(f"expert_used_count = {facts['expert_used_count']}")
     kinds = {tensor.dtype for tensor in facts.checkpoint.tensors.values()}
-    return tokens | {
-        "vocab_size": embeddings.shape[0],
-        "hidden_size": facts["embedding_length"],
+    return {
+        "vocab_size": shape[0],
+        "hidden_size": width,
         "intermediate_size": facts.get("feed_forward_length", 0) or facts.expert_width,
         "num_hidden_layers": facts.layers,
         "num_attention_heads": facts["attention.head_count"],
@@ -169,5 +220,7 @@ def common(facts: Facts) -> dict[str, Any]:
         "rope_parameters": rope(facts),
         "tie_word_embeddings": "output.weight" not in facts.checkpoint.tensors,
         "dtype": "float32" if kinds <= {"F32"} else "bfloat16",
-        "pad_token_id": facts.checkpoint.config.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": facts.token("bos_token_id"),
+        "eos_token_id": facts.token("eos_token_id"),
+        "pad_token_id": facts.token("padding_token_id"),
     }

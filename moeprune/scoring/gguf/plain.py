@@ -14,7 +14,7 @@ def _qwen2(facts: Facts) -> dict[str, Any]:
     return {
         "num_experts": facts["expert_count"],
         "moe_intermediate_size": facts.expert_width,
-        "shared_expert_intermediate_size": facts.shape("ffn_up_shexp.weight")[0],
+        "shared_expert_intermediate_size": facts.rows("ffn_up_shexp.weight"),
         "norm_topk_prob": False,  # as llama.cpp computes it, and as all models of this family do
         "mlp_only_layers": facts.dense,
         "qkv_bias": facts.has("attn_q.bias"),
@@ -192,6 +192,7 @@ def _gemma4(facts: Facts) -> dict[str, Any]:
         )
     full = [i for i in range(facts.layers) if kinds[i] == "full_attention"]
     few = dict(zip(kinds, heads, strict=True)).get("sliding_attention", heads[0])
+    inputs = "per_layer_token_embd.weight"
     widths, shared = facts.by_layer("feed_forward_length"), int(facts.get("attention.shared_kv_layers", 0))
     named = facts.checkpoint.tensors
     return {
@@ -218,16 +219,14 @@ def _gemma4(facts: Facts) -> dict[str, Any]:
         },
         "final_logit_softcapping": facts.get("final_logit_softcapping"),
         "hidden_size_per_layer_input": facts.get("embedding_length_per_layer_input", 0),
-        "vocab_size_per_layer_input": (facts.shape("per_layer_token_embd.weight") or facts.shape("token_embd.weight"))[
-            0
-        ],
+        "vocab_size_per_layer_input": facts.rows(inputs if facts.has(inputs) else "token_embd.weight"),
     }
 
 
 def _turned(facts: Facts) -> float:
     """The part of a head that full attention turns; the frequencies of the rest are divided until they are zero."""
-    if not (divisors := facts.values("rope_freqs.weight")):
-        raise InputError(f"{facts.file} lacks rope_freqs.weight; fetch the file again")
+    if len(divisors := facts.values("rope_freqs.weight")) != facts.head_dim // 2:
+        raise InputError(f"{facts.file}: rope_freqs.weight is not there or of another size; fetch the file again")
     return sum(divisor < ZERO for divisor in divisors) / len(divisors)
 
 

@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from moeprune.checkpoint.folder import Checkpoint
-from moeprune.errors import InputError
+from moeprune.errors import OUT_OF_MEMORY, InputError, reason
 from moeprune.scoring.dequantize import Recipe, Stored
 from moeprune.scoring.gguf.facts import INSTEAD, Facts, common
 from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, Model
@@ -38,6 +39,7 @@ class Read(Protocol):
         """On the device that computes, in the type that does; but what lies in 32 bits stays so, if it is no row."""
 
 
+NO_CONFIGURATION = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 Build = Callable[[Read], torch.Tensor]
 Way = Callable[[torch.Tensor], torch.Tensor]
 
@@ -45,9 +47,16 @@ Way = Callable[[torch.Tensor], torch.Tensor]
 def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The configuration, from the metadata and the shapes."""
     facts = Facts(checkpoint)
+    try:
+        return AutoConfig.for_model(**_described(facts))
+    except NO_CONFIGURATION as error:
+        raise InputError(f"{facts.file}: its metadata describe no model that can be ({reason(error)})") from None
+
+
+def _described(facts: Facts) -> dict[str, Any]:
     model = _model(facts)
     found: dict[str, Any] = {"model_type": model.model_type, "architectures": [model.architecture]}
-    return AutoConfig.for_model(**found | common(facts) | model.config(facts))
+    return found | common(facts) | model.config(facts)
 
 
 def _model(facts: Facts) -> Model:
@@ -157,17 +166,26 @@ class _Part:
             if factor in self.left and factor not in self.names:  # some models have a place of its own for it
                 sources[source + SCALE] = self.left.pop(factor)
         tensors = self.facts.checkpoint.tensors
-        return Recipe(sources, partial(_make, build=build, kinds={s: tensors[n].dtype for s, n in sources.items()}))
+        kinds = {source: tensors[name].dtype for source, name in sources.items()}
+        return Recipe(sources, partial(_make, build=build, kinds=kinds, names=tuple(sources.values())))
 
 
-def _make(stored: Stored, dtype: torch.dtype, build: Build, kinds: Mapping[str, str]) -> torch.Tensor:
+def _make(
+    stored: Stored, dtype: torch.dtype, build: Build, kinds: Mapping[str, str], names: tuple[str, ...]
+) -> torch.Tensor:
     """A router's bias, say, must not be rounded: transformers rounds what it does not keep in 32 bits."""
 
     def read(source: str, row: int | None = None, /) -> torch.Tensor:
         exact = row is None and kinds[source] == "F32"
         return values(stored, source, kinds[source], torch.float32 if exact else dtype, row)
 
-    return build(read)
+    try:
+        return build(read)
+    except (IndexError, RuntimeError) as error:  # shapes that do not fit each other
+        if type(error).__name__ in OUT_OF_MEMORY:
+            raise
+        parts = ", ".join(names)
+        raise InputError(f"no parameter can be made of {parts} ({reason(error)}); fetch the file again") from None
 
 
 def _whole(read: Read, turn: Way | None) -> torch.Tensor:
