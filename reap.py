@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moeprune import VERSION, console, errors
 from moeprune.checking import report
 from moeprune.checkpoint.families import Layout, understand
-from moeprune.checkpoint.folder import Checkpoint, check_outside, fingerprint, locate_model, open_checkpoint
+from moeprune.checkpoint.folder import Checkpoint, check_outside, locate_model, open_checkpoint
 from moeprune.metadata import Sums, claimed, digest, header, is_current, plain, read_result, to_text, write_json
 from moeprune.planning.decision import PLANNING, Model, check_wishes, check_words, proposal
 from moeprune.planning.plan import Limits
@@ -51,7 +51,7 @@ def inputs_fingerprint(settings: Settings, checkpoint: Checkpoint) -> str:
     from moeprune.scoring.calibration.sources import request_digest
 
     values = {name: value for name, value in settings.public()["values"].items() if name in MEASURING}
-    return digest(VERSION, fingerprint(checkpoint), request_digest(settings), to_text(values))
+    return digest(VERSION, checkpoint.fingerprint, request_digest(settings), to_text(values))
 
 
 def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from: str, begun: float) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def model_facts(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
     return {
         "name": checkpoint.place.name,
         "path": str(checkpoint.place),
-        "fingerprint": fingerprint(checkpoint),
+        "fingerprint": checkpoint.fingerprint,
         "model_type": layout.model_type,
         "total_bytes": checkpoint.total_bytes,
         "blocks": len(layout.blocks),

@@ -70,7 +70,7 @@ def fingerprint(case: Case | None, settings: Settings) -> str:
     parts: list[str | Path] = [VERSION, *(str(getattr(settings, name)) for name in SHAPING)]
     if case is not None:
         folders = [folder for folder in (case.pruned, case.parent) if folder]
-        parts += [checkpoints.fingerprint(checkpoints.open_checkpoint(folder)) for folder in folders]
+        parts += [checkpoints.open_checkpoint(folder).fingerprint for folder in folders]
         parts.append(json.dumps(case.keep))
     held_out = settings.evaluation_path
     if held_out and not Path(held_out).is_file():

@@ -17,7 +17,7 @@ from moeprune import VERSION, console, metadata
 from moeprune.checking import fidelity, report, samples
 from moeprune.checking.streamed import Streamed
 from moeprune.checkpoint.families import Layout, understand
-from moeprune.checkpoint.folder import Checkpoint, check_outside, fingerprint, locate_model, open_checkpoint
+from moeprune.checkpoint.folder import Checkpoint, check_outside, locate_model, open_checkpoint
 from moeprune.errors import InputError
 from moeprune.planning import decision
 from moeprune.pruning.choice import bytes_per_expert, check, read_plan
@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
     named = [settings.evaluation_path, *listed(settings.plans), str(scores)]
     files = [Path(name) for name in named if Path(name).is_file()]
     values = [str(getattr(settings, name)) for name in SHAPING]
-    key = metadata.digest(VERSION, fingerprint(checkpoint), *values, *files)
+    key = metadata.digest(VERSION, checkpoint.fingerprint, *values, *files)
     if not settings.force and metadata.is_current(target, PREVIEW, key):
         console.say(f"{target} is current; --force previews again")
     else:
@@ -81,7 +81,7 @@ def _from_scores(settings: Settings, checkpoint: Checkpoint, layout: Layout) -> 
         return []
     data = metadata.read_result(path, SCORES)
     scored = data["inputs"]["model"].get("fingerprint")
-    if not settings.other_scores and scored != fingerprint(checkpoint):
+    if not settings.other_scores and scored != checkpoint.fingerprint:
         raise InputError(
             f"the scores in {path} were made on another model; run ./run.sh reap on it, or pass --other-scores"
         )

@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +23,7 @@ from moeprune.console import warn
 from moeprune.errors import InputError, UsageError
 from moeprune.metadata import digest, read_json
 
-__all__ = ["Checkpoint", "Tensor", "check_outside", "fingerprint", "locate_model", "open_checkpoint"]
+__all__ = ["Checkpoint", "Tensor", "check_outside", "locate_model", "open_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
 # Second copies of the weights in another container. They would still hold every expert, so they never go along.
@@ -57,6 +58,14 @@ class Checkpoint:
     def place(self) -> Path:
         """What a person would name: the folder, or the first GGUF file, as a folder may hold several models."""
         return self.shards[0] if self.container == "gguf" else self.folder
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of config, names, shapes, places and a sample of each shard's weights; little of it is read."""
+        files = {shard: shard.name for shard in self.shards}
+        tensors = sorted(self.tensors.values(), key=attrgetter("name"))
+        places = [f"{name} {dtype} {shape} {files[file]} {start}" for name, dtype, shape, file, start, _ in tensors]
+        return digest(json.dumps(self.config), "\n".join(places), *(_sample(shard) for shard in self.shards))
 
     def read_bytes(self, name: str) -> bytes:
         """The bytes of one tensor."""
@@ -216,14 +225,6 @@ def _check_index(root: Path, index: Mapping[str, Any], headers: Mapping[Path, Ma
             found = next((other for other, header in of_shard.items() if name in header), None)
             what = f"but it lies in {found}" if found else "but it is not there; fetch the shard again"
             raise InputError(f"{root}: the index lists {name} in {shard}, {what}")
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """A digest of config, names, shapes, places and a sample of each shard's weights; reads little of a large model."""
-    files = {shard: shard.name for shard in checkpoint.shards}
-    tensors = sorted(checkpoint.tensors.values(), key=attrgetter("name"))
-    places = [f"{name} {dtype} {shape} {files[file]} {start}" for name, dtype, shape, file, start, _ in tensors]
-    return digest(json.dumps(checkpoint.config), "\n".join(places), *(_sample(shard) for shard in checkpoint.shards))
 
 
 def _sample(shard: Path) -> bytes:

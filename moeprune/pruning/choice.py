@@ -10,7 +10,7 @@ from typing import Any
 from moeprune import metadata
 from moeprune.checkpoint import families, gguf_layout
 from moeprune.checkpoint.families import Block, Layout
-from moeprune.checkpoint.folder import Checkpoint, fingerprint
+from moeprune.checkpoint.folder import Checkpoint
 from moeprune.console import warn
 from moeprune.errors import InputError
 from moeprune.planning import decision
@@ -127,7 +127,7 @@ def _by_layer(sums: metadata.Sums, blocks: Sequence[Block]) -> metadata.Sums:
 def _check_same_model(settings: Settings, checkpoint: Checkpoint, data: dict[str, Any], path: Path) -> None:
     """Scores belong to one checkpoint; those of another copy are taken only when that is asked for."""
     scored = data.get("inputs", {}).get("model", {})
-    if settings.other_scores or scored.get("fingerprint") == fingerprint(checkpoint):
+    if settings.other_scores or scored.get("fingerprint") == checkpoint.fingerprint:
         return
     if scored.get("path") == str(checkpoint.place):
         raise InputError(f"{checkpoint.place} has changed since it was scored ({path}); run ./run.sh reap on it again")

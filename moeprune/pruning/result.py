@@ -12,7 +12,7 @@ from typing import Any
 from moeprune import VERSION, metadata
 from moeprune.checkpoint import families, formats, writer
 from moeprune.checkpoint.families import Layout
-from moeprune.checkpoint.folder import Checkpoint, fingerprint
+from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.renumber import Renumbering
 from moeprune.console import say, size, warn, warnings
 from moeprune.errors import UsageError
@@ -42,7 +42,6 @@ class Result:
     files: tuple[writer.NewFile, ...]
     edited: Mapping[str, Mapping[str, Any]]  # new contents of JSON files, by relative path
     target: Path
-    model_fingerprint: str
     fingerprint: str
 
     @property
@@ -80,7 +79,6 @@ def plan(settings: Settings, checkpoint: Checkpoint, layout: Layout, choice: Cho
         files = gguf_files.new_files(checkpoint, done, choice.count, target.name, bool(gone))
     else:
         files, edited = _safetensors(checkpoint, layout, choice, done, gone)
-    model = fingerprint(checkpoint)
     keep = json.dumps({block: choice.keep[block] for block in sorted(choice.keep)})
     return Result(
         settings=settings,
@@ -92,8 +90,7 @@ def plan(settings: Settings, checkpoint: Checkpoint, layout: Layout, choice: Cho
         files=tuple(files),
         edited=edited,
         target=target,
-        model_fingerprint=model,
-        fingerprint=metadata.digest(VERSION, model, keep, json.dumps(sorted(gone)), choice.source),
+        fingerprint=metadata.digest(VERSION, checkpoint.fingerprint, keep, json.dumps(sorted(gone)), choice.source),
     )
 
 
@@ -229,7 +226,7 @@ def manifest(planned: Result) -> dict[str, Any]:
         "settings": planned.settings.public(),
         "inputs": {
             "fingerprint": planned.fingerprint,
-            "model": {"path": str(planned.checkpoint.place), "fingerprint": planned.model_fingerprint},
+            "model": {"path": str(planned.checkpoint.place), "fingerprint": planned.checkpoint.fingerprint},
             "plan": {"path": str(planned.choice.source), "sha256": metadata.digest(planned.choice.source)},
         },
         "model_type": planned.layout.model_type,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from moeprune.checkpoint.folder import check_outside, fingerprint, locate_model, open_checkpoint
+from moeprune.checkpoint.folder import check_outside, locate_model, open_checkpoint
 from moeprune.errors import InputError, MachineError, UsageError
 from tests import handmade, tiny
 
@@ -70,12 +70,12 @@ def test_a_sidecar_outside_the_index_is_found(folder):
 
 
 def test_fingerprint_follows_content_and_not_the_place(folder, tmp_path):
-    before = fingerprint(open_checkpoint(folder))
+    before = open_checkpoint(folder).fingerprint
     moved = folder.rename(tmp_path / "elsewhere")
-    assert fingerprint(open_checkpoint(moved)) == before
+    assert open_checkpoint(moved).fingerprint == before
     shard = moved / "model-00001-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x07")
-    assert fingerprint(open_checkpoint(moved)) != before
+    assert open_checkpoint(moved).fingerprint != before
 
 
 def entry(**changes):

@@ -64,7 +64,7 @@ def scored(output: Path, parent: Path, best: list[int]) -> None:
         slices = {name: np.ones((1, 4, block.experts)) for name in ("count", "gate_norm_sum")}
         blocks.append(metadata.BlockSums(block.name, block.experts, np.ones(1), values, slices))
     sums = metadata.Sums("routed", ("all",), tuple(blocks))
-    model = {"fingerprint": folder.fingerprint(checkpoint), "path": str(parent)}
+    model = {"fingerprint": checkpoint.fingerprint, "path": str(parent)}
     result = metadata.header("reap_metadata") | {"inputs": {"model": model}, "scores": sums.to_json()}
     metadata.write_json(output / "reap_metadata.json", result)
 
