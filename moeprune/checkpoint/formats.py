@@ -76,8 +76,13 @@ def _quark_rotation(settings: Settings) -> str:
     return "Quark rotated the inputs of these weights, which the model's own code does not do" if rotated else ""
 
 
+def _bitnet_layers(settings: Settings) -> str:
+    if settings.get("use_rms_norm"):
+        return "its layers begin with a norm of their own, which the model's own code does not have"
+    return "its weights are rounded when the model runs" if settings.get("quantization_mode") == "online" else ""
+
+
 ROTATED = "its weights fit rotated inputs only"
-ROUNDED = "its own layers round what goes into them, which the model's plain code does not do"
 BLOCKED = "its scales are laid out in blocks for a GPU"
 FORMATS = (
     Format("mxfp4", "gpt-oss: blocks and scales, stacked", _method("mxfp4")),
@@ -118,7 +123,7 @@ FORMATS = (
     Format(
         "eetq", "EETQ, cut only", _method("eetq"), _never("its weights are shuffled for a GPU"), r"\.weight_scales$"
     ),
-    Format("bitnet", "BitNet, cut only", _method("bitnet"), _never(ROUNDED), r"\.weight_scale$"),
+    Format("bitnet", "BitNet", _method("bitnet"), _bitnet_layers, r"\.weight_scale$"),
     Format("fouroversix", "Four Over Six, cut only", _method("fouroversix"), _never(BLOCKED), r"\.quantized_\w+$"),
 )
 # What is known and left alone, and why.

@@ -200,6 +200,15 @@ def _first_two(stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
+def bitnet(stored: Stored, quantization: Quantization) -> torch.Tensor:
+    """BitNet: -1, 0 and 1, packed share over share; one of its two layers divides by the scale."""
+    weight, scale = _first_two(stored)
+    if weight.dtype == torch.uint8:
+        weight = unpack.pieces(weight, 2, high_first=False).char() - 1
+    divides = str(quantization.get("linear_class", "bitlinear")) == "bitlinear"
+    return weight.float() / scale.float() if divides else weight.float() * scale.float()
+
+
 def gemma(stored: Stored, quantization: Quantization) -> torch.Tensor:
     """Gemma's own: signed values, shifted to be unsigned where a byte holds several; a scale for each row."""
     packed, scale = _first_two(stored)

@@ -69,6 +69,7 @@ HQQ = {"W_q": f"U8 I32 {REAL}", "scale": REAL, "zero": REAL, "shape": "I64", "pa
 QUANTO = {"weight._data": f"I8 {FP8}", "weight._scale": REAL}
 QUANTO_DENSE = {"weight._data._data": "U8", "weight._scale": REAL, "weight._shift": f"I8 {REAL}"}
 AQLM = {"codes": "I8 I16 I32", "codebooks": REAL, "scales": REAL}
+BITNET = {"weight": f"U8 {REAL}", "weight_scale": REAL}
 GEMMA = {"weight": "U8 I8", "weight_scale": "F32"}
 GEMMA_TABLE = {"embedding_quantized": "U8 I8", "embedding_scale": "F32"}
 VPTQ = {"indices": "I32", "centroids.weight": REAL}
@@ -86,6 +87,7 @@ TABLE = tuple(
     _smoothed(form)
     for form in (
         Format("MXFP4, stacked", {"_blocks": "U8", "_scales": "U8"}, (), "", decoding.mxfp4_stacked),
+        Format("BitNet", BITNET, (), "weight", decoding.bitnet, _method("bitnet")),
         Format("INT, Gemma", GEMMA, (), "weight", decoding.gemma, _method("gemma")),
         Format("INT, Gemma's embeddings", GEMMA_TABLE, (), "weight", decoding.gemma, _method("gemma")),
         Format("NVFP4, modelopt", NVFP4, SVDQUANT, "weight", decoding.nvfp4_multiplied),

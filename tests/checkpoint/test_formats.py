@@ -93,7 +93,7 @@ def test_every_method_of_transformers_is_known():
     assert methods - known == set(formats.REFUSED)
 
 
-@pytest.mark.parametrize("name", ["spqr", "higgs", "fp_quant", "eetq", "bitnet", "fouroversix"])
+@pytest.mark.parametrize("name", ["spqr", "higgs", "fp_quant", "eetq", "fouroversix"])
 def test_what_is_cut_only_says_so_before_it_is_scored(tmp_path, name):
     with pytest.raises(InputError, match="score the original checkpoint and cut this one"):
         formats.check_scorable(written(tmp_path, WRITTEN[name]))
@@ -104,6 +104,13 @@ def test_what_is_cut_only_says_so_before_it_is_scored(tmp_path, name):
 def test_a_kernels_own_order_is_not_scored(tmp_path):
     with pytest.raises(InputError, match="'gemv_fast'"):
         formats.check_scorable(written(tmp_path, WRITTEN["awq"] | {"version": "GEMV_FAST"}))
+
+
+@pytest.mark.parametrize("said", [{"use_rms_norm": True}, {"quantization_mode": "online"}])
+def test_layers_of_bitnet_that_the_model_does_not_have_are_not_scored(tmp_path, said):
+    formats.check_scorable(written(tmp_path / "plain", WRITTEN["bitnet"]))
+    with pytest.raises(InputError, match="cannot be scored"):
+        formats.check_scorable(written(tmp_path, WRITTEN["bitnet"] | said))
 
 
 def test_optimum_quanto_is_known_by_its_map(tmp_path):

@@ -41,7 +41,8 @@ HOW = {
     "mlx": f"quantized routers too: {BYTES}; slicing commutes with dequantizing",
     "hqq": f"{WHOLE}; quantized routers are packed anew, their values to the bit; {AGAIN}",
     "quanto": f"{WHOLE}; {AGAIN}",
-    **dict.fromkeys(("aqlm", "vptq", "spqr", "higgs", "fp_quant", "eetq", "bitnet", "fouroversix"), WHOLE),
+    **dict.fromkeys(("aqlm", "vptq", "spqr", "higgs", "fp_quant", "eetq", "fouroversix"), WHOLE),
+    "bitnet": f"{WHOLE}; numbers as transformers packs them",
     "gemma": f"also a quantized router: {BYTES}; numbers as transformers' own layers read them",
     "gguf": f"single, split, one tensor per expert, rows that neighbours share, without MTP layers: {BYTES}",
 }

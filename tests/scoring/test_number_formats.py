@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers.integrations import gemma_quant, metal_quantization
+from transformers.integrations import bitnet, gemma_quant, metal_quantization
 
 from moeprune.errors import InputError
 from moeprune.scoring import unpack
@@ -240,6 +240,16 @@ def test_metal_of_transformers(tmp_path, bits):
     same(found, metal_quantization._affine_dequantize_tensor(packed, scale, bias, 64, bits))
     with pytest.raises(InputError, match="scales of one byte"):
         plain(tmp_path, {name: tensors[name] for name in ("m.weight", "m.scales")}, {"bits": bits, "group_size": 64})
+
+
+@pytest.mark.parametrize("name", ["bitlinear", "autobitlinear"])
+def test_bitnet_as_transformers_packs_it(tmp_path, name):
+    value, scale = torch.randint(-1, 2, (16, 24)), torch.tensor([0.37])
+    stored = {"m.weight": bitnet.pack_weights(value.clone()), "m.weight_scale": scale, "n.weight": value.half()}
+    stored["n.weight_scale"] = scale.clone()
+    found = plain(tmp_path, stored, {"quant_method": "bitnet", "linear_class": name})
+    for module in ("m", "n"):
+        same(found[f"{module}.weight"], value / scale if name == "bitlinear" else value * scale)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
