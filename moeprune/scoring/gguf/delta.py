@@ -44,8 +44,8 @@ def _qwen3_next(facts: Facts) -> dict[str, Any]:
 
 
 def _qwen35(facts: Facts) -> dict[str, Any]:
-    found = _qwen(facts)
-    sections = [size for size in facts.each("rope.dimension_sections") if size]
+    found, key = _qwen(facts), "rope.dimension_sections"
+    sections = [size for size in facts.each(key) if size] or facts[key]  # which says that it is missing
     return found | {
         "rope_parameters": found["rope_parameters"] | {"mrope_section": sections, "mrope_interleaved": True}
     }
