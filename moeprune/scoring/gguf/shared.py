@@ -153,7 +153,7 @@ def _hy_v3(facts: Facts) -> dict[str, Any]:
 
 def _laguna(facts: Facts) -> dict[str, Any]:
     heads, size = facts.by_layer("attention.head_count"), facts.head_dim
-    window = facts.get("attention.sliding_window") or None
+    window = facts.get("attention.sliding_window", 0)
     part = facts["rope.dimension_count"] / size
     near = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", facts["rope.freq_base"])}
     return {

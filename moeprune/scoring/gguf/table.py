@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from moeprune.scoring.gguf import delta, hybrid, plain, shared
 
-WITHOUT = ("arctic", "grok", "grovemoe", "llada-moe", "rnd1", "smallthinker")
+WITHOUT = ("arctic", "bailingmoe", "bailingmoe2", "deepseek", "grok", "grovemoe", "llada-moe", "rnd1", "smallthinker")
 REFUSED = dict.fromkeys(WITHOUT, "transformers has no such model") | {
-    "glm5-next": "transformers has it together with its pictures only",
+    **dict.fromkeys(("glm5-next", "step35"), "transformers has it together with its pictures only"),
+    "hy_v4": "transformers and llama.cpp turn its queries and keys in different ways",
     "minimax-01": "transformers turns whole heads by their position, where this model turns half of each",
     "phimoe": "llama.cpp computes its norms and its router in another way than the model's own code",
 }

@@ -279,3 +279,12 @@ def test_mistral_as_llama_cpp_first_named_it(tmp_path, monkeypatch):
     folder = parent("mistral4", tmp_path)
     values = gguf_files.convert(folder, tmp_path / "model.gguf")
     assert_same_sums(tmp_path / "model.gguf", gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path)
+
+
+def test_a_model_without_windows_whose_gates_are_of_single_numbers(tmp_path):
+    """Laguna M.1; XS.2, which has both, is the entry of the table."""
+    full = {"gating": "per-element", "layer_types": ["full_attention"] * 5, "num_attention_heads_per_layer": [4] * 5}
+    folder = parent("laguna", tmp_path, **full)
+    values = gguf_files.convert(folder, tmp_path / "model.gguf", without="attention.sliding_window")
+    assert_same_config(tmp_path / "model.gguf", folder)
+    assert_same_sums(tmp_path / "model.gguf", gguf_files.twin(folder, values, tmp_path / "twin"), tmp_path)
