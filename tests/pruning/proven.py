@@ -21,6 +21,7 @@ MASKED = (
     "computes what the parent computes when the dropped experts' router logits are minus infinity, within 1e-5 in fp32"
 )
 BYTES = "every byte compared with an oracle that knows the layout"
+INTEGERS = "numbers against known integers"
 WHOLE = f"a matrix of each expert, whole and renamed: {BYTES}"
 AGAIN = "tried by hand with transformers 4.57: it loads the cut and computes what the masked parent does"
 LIBRARY = "numbers as the library reads them, bit for bit; the cut changes none; parent and cut scored as their values"
@@ -33,11 +34,11 @@ HOW = {
     "nvfp4": BYTES,
     "ct_int4": BYTES,
     "modelopt_nvfp4": f"per expert and stacked: {BYTES}; slicing commutes with dequantizing",
-    "awq": BYTES,
+    "awq": f"{BYTES}; gemv: {INTEGERS}",
     "gptq": BYTES,
     "bitsandbytes": f"unsloth's gpt-oss: {BYTES}; scales that were scaled again are written out as the same numbers",
-    "torchao": BYTES,
-    "modelopt": f"INT4 and low-rank parts: {BYTES}; numbers against known integers",
+    "torchao": f"{BYTES}; Int4 in tiles and in words, MX and NVFP4: {INTEGERS}",
+    "modelopt": f"INT4 and low-rank parts: {BYTES}; {INTEGERS}",
     "mlx": f"quantized routers too: {BYTES}; slicing commutes with dequantizing",
     "hqq": f"{WHOLE}; quantized routers are packed anew, their values to the bit; {AGAIN}",
     "quanto": f"{WHOLE}; {AGAIN}",
