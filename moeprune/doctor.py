@@ -19,7 +19,7 @@ from pathlib import Path
 
 from moeprune import console, errors
 from moeprune.errors import MachineError, UsageError
-from moeprune.settings import Settings, resolve
+from moeprune.settings import FIELDS, Settings, env_name, resolve
 
 NEEDED = ("torch", "transformers", "safetensors", "numpy", "greenlet", "python-dotenv")
 OLDEST_COMPOSE = (2, 20)
@@ -99,7 +99,8 @@ def _settings() -> tuple[Settings, str]:
 
 
 def _said(settings: Settings) -> str:
-    return ", ".join(sorted(settings.origin)) or "nothing set, all defaults"
+    names = sorted(env_name(f) for f in FIELDS if f.name in settings.origin)
+    return ", ".join(names) or "nothing set, all defaults"
 
 
 def examine(machine: Machine, settings: Settings, model: Model) -> list[Finding]:
