@@ -9,7 +9,7 @@ Legend: N judged positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from moeprune.scoring.mlx import is_mlx
 from moeprune.scoring.streaming import LayerStream
 from moeprune.settings import Settings
 
+UNLOADABLE = (ValueError, KeyError, OSError, RuntimeError, ImportError)  # what transformers raises
 Head = Callable[[torch.Tensor], torch.Tensor]  # final hidden states [N, D] -> logits, float32 [N, V]
 
 
@@ -84,23 +85,30 @@ def load_model(folder: Path, settings: Settings) -> Any:
 
 
 def loaded_bytes(folder: Path, settings: Settings) -> int:
-    """What `load_model` will take. transformers loads tensors without content, so nothing is read.
+    """What `load_model` will take; nothing is read.
 
-    It alone knows which quantized weights it keeps as they are, and which it turns into the type that computes.
+    transformers alone knows which quantized weights it keeps, and which it turns into the type that computes. Where a
+    quantizer of it has to see content, all are taken to be turned.
     """
     checkpoint = open_checkpoint(folder)
     if is_mlx(checkpoint):
         raise CannotLoad(f"{folder} is laid out for MLX, which transformers cannot load")
-    if checkpoint.container == "gguf":
-        model: Any = build(checkpoint, settings)
-    else:
-        with _loading(folder):
-            empty = {
-                t.name: torch.empty(t.shape, dtype=STORED[t.dtype], device="meta") for t in checkpoint.tensors.values()
-            }
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-            model = _from_pretrained(folder, settings, None, config=config, state_dict=empty, device_map="meta")
+    model: Any = None
+    if checkpoint.container != "gguf":
+        with suppress(*UNLOADABLE, TypeError, AttributeError):
+            model = _without_content(checkpoint, settings)
+    if model is None:
+        model = build(checkpoint, settings)
+        model.tie_weights()
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _without_content(checkpoint: Checkpoint, settings: Settings) -> Any:
+    """The model as plain transformers loads it, of tensors that have a type and a shape alone."""
+    folder, stored = checkpoint.folder, checkpoint.tensors.items()
+    empty = {name: torch.empty(each.shape, dtype=STORED[each.dtype], device="meta") for name, each in stored}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    return _from_pretrained(folder, settings, None, config=config, state_dict=empty, device_map="meta")
 
 
 def _from_pretrained(folder: Path, settings: Settings, source: Path | None, **options: Any) -> Any:
@@ -116,7 +124,7 @@ def _loading(folder: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+    except UNLOADABLE as error:
         raise CannotLoad(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
 
 

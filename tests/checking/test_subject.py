@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeprune.checking import subject
 from moeprune.settings import Settings
@@ -38,10 +39,17 @@ def _gguf(folder: Path) -> Path:
 MADE = {"bf16": lambda folder: tiny.make("mixtral", folder, dtype=torch.bfloat16), "gguf": _gguf}
 
 
-@pytest.mark.parametrize(("form", "why"), [("awq", "transformers cannot load"), ("mlx", "laid out for MLX")])
-def test_a_model_that_cannot_be_loaded_is_said_to_be_so(form: str, why: str) -> None:
-    with pytest.raises(subject.CannotLoad, match=why):
-        subject.loaded_bytes(DATA / form, Settings())
+def test_where_a_quantizer_cannot_be_asked_all_weights_count_as_turned() -> None:
+    """The package for AWQ is not here."""
+    config = tiny.read_config(DATA / "awq")
+    del config["quantization_config"]
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float16)
+    assert subject.loaded_bytes(DATA / "awq", Settings()) == held(plain)
+
+
+def test_a_model_for_mlx_cannot_be_loaded() -> None:
+    with pytest.raises(subject.CannotLoad, match="laid out for MLX"):
+        subject.loaded_bytes(DATA / "mlx", Settings())
 
 
 def test_a_model_that_loads_in_part_cannot_be_loaded(tmp_path: Path) -> None:
