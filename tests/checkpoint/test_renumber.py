@@ -160,3 +160,15 @@ def test_what_torchao_says_of_a_stack(tmp_path):
         assert (
             numbers.metadata({f"{stem}experts.down_proj": about} | same) == {f"{stem}experts.down_proj": wanted} | same
         )
+
+
+def test_the_map_of_optimum_quanto(folder):
+    kinds = {"weights": "qint8", "activations": "none"}
+    names = [expert(0, number, "up_proj") for number in (2, 3, 10)] + ["lm_head"]
+    path = folder / "quanto_qmap.json"
+    path.write_text(json.dumps(dict.fromkeys(names, kinds)))
+    _, numbers = renumbered(folder, {"quant_method": "quanto"})
+    after = numbers.side_files()
+    path.unlink()
+    staying = [expert(0, 1, "up_proj"), expert(0, 2, "up_proj"), "lm_head"]
+    assert after["quanto_qmap.json"] == dict.fromkeys(staying, kinds)
