@@ -204,8 +204,12 @@ def common(facts: Facts) -> dict[str, Any]:
     shape, width = facts.shape("token_embd.weight"), facts["embedding_length"]
     if len(shape) != 2 or shape[1] != width:
         raise InputError(f"{facts.file}: token_embd.weight has the shape {list(shape)}, not rows of {width}")
-    if facts["expert_used_count"] > facts["expert_count"]:
-        raise facts.damaged(f"expert_used_count = {facts['expert_used_count']}")
+    experts, groups = facts["expert_count"], facts.get("expert_group_count", 1) or 1
+    for key, most in {"expert_used_count": experts, "expert_group_used_count": groups}.items():
+        if facts.get(key, 0) > most:
+            raise facts.damaged(f"{key} = {facts[key]} of {most}")
+    if experts % groups:
+        raise facts.damaged(f"expert_group_count = {groups}, with {experts} experts")
     kinds = {tensor.dtype for tensor in facts.checkpoint.tensors.values()}
     return {
         "vocab_size": shape[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moeprune.errors import InputError
@@ -94,7 +95,7 @@ def _dbrx(facts: Facts) -> dict[str, Any]:
     heads, width = facts["attention.head_count_kv"], facts.expert_width
     return {
         "d_model": facts["embedding_length"],  # its configuration looks at no other name while it is made
-        "attn_config": {"rope_theta": theta, "kv_n_heads": heads, "clip_qkv": facts["attention.clamp_kqv"] or None},
+        "attn_config": {"rope_theta": theta, "kv_n_heads": heads, "clip_qkv": facts["attention.clamp_kqv"] or math.inf},
         "ffn_config": {"ffn_hidden_size": width, "moe_num_experts": facts["expert_count"]}
         | {"moe_top_k": facts["expert_used_count"]},
     }

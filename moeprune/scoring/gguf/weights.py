@@ -181,7 +181,7 @@ def _make(
 
     try:
         return build(read)
-    except (IndexError, RuntimeError) as error:  # shapes that do not fit each other
+    except (ArithmeticError, IndexError, RuntimeError) as error:  # shapes and counts that do not fit each other
         if type(error).__name__ in OUT_OF_MEMORY:
             raise
         parts = ", ".join(names)

@@ -35,9 +35,9 @@ def with_values(file: Path, target: Path, **values: Any) -> Path:
     reader = gguf.GGUFReader(file)
     writer = gguf.GGUFWriter(target, "qwen3moe")
     for key, field in reader.fields.items():
-        value = values.get(key, field.contents())
-        if key.startswith(("GGUF.", "general.")):
-            continue
+        if not key.startswith(("GGUF.", "general.")):
+            values.setdefault(key, field.contents())
+    for key, value in values.items():
         if type(value) is int and not 0 <= value < 2**32:
             writer.add_int64(key, value)
         else:
@@ -69,7 +69,9 @@ VALUES = {
     "one wrong in a list": ("attention.head_count_kv", [2, 2, -1], "head_count_kv = -1"),
     "no heads": ("attention.head_count", 0, "describe no model that can be"),
     "a fraction of a head": ("attention.head_count", 4.5, "describe no model that can be"),
-    "more experts used than there are": ("expert_used_count", 9, "expert_used_count = 9, which cannot be"),
+    "more experts used than there are": ("expert_used_count", 9, "expert_used_count = 9 of 8, which cannot be"),
+    "uneven groups": ("expert_group_count", 3, "expert_group_count = 3, with 8 experts"),
+    "more groups used than there are": ("expert_group_used_count", 2, "expert_group_used_count = 2 of 1"),
     "a width that is not the embeddings'": ("embedding_length", 63, r"token_embd\.weight has the shape \[272, 64\]"),
 }
 
