@@ -76,12 +76,7 @@ def load_model(folder: Path, settings: Settings) -> Any:
     if (checkpoint := open_checkpoint(folder)).container == "gguf":
         return _load_dequantized(checkpoint, settings)
     with _loading(folder):
-        model, info = _from_pretrained(folder, settings, folder, output_loading_info=True)
-        model = model.eval().to(device(settings))
-    astray = [*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])]
-    if astray:
-        raise CannotLoad(f"for transformers {folder} lacks or misshapes {len(astray)} weights, such as {min(astray)}")
-    return model
+        return _from_pretrained(folder, settings, folder).eval().to(device(settings))
 
 
 def loaded_bytes(folder: Path, settings: Settings) -> int:
@@ -113,8 +108,12 @@ def _without_content(checkpoint: Checkpoint, settings: Settings) -> Any:
 
 def _from_pretrained(folder: Path, settings: Settings, source: Path | None, **options: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
-    options |= {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
-    return _model_class(folder).from_pretrained(source, dtype=DTYPES.get(settings.dtype, "auto"), **options)
+    options |= {"trust_remote_code": settings.trust_remote_code, "local_files_only": True, "output_loading_info": True}
+    model, info = _model_class(folder).from_pretrained(source, dtype=DTYPES.get(settings.dtype, "auto"), **options)
+    astray = [*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])]
+    if astray:
+        raise CannotLoad(f"for transformers {folder} lacks or misshapes {len(astray)} weights, such as {min(astray)}")
+    return model
 
 
 @contextmanager

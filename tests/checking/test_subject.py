@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_a_model_for_mlx_cannot_be_loaded() -> None:
         subject.loaded_bytes(DATA / "mlx", Settings())
 
 
-def test_a_model_that_loads_in_part_cannot_be_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ask", [subject.loaded_bytes, subject.load_model])
+def test_a_model_that_loads_in_part_cannot_be_loaded(ask: Callable[[Path, Settings], Any]) -> None:
     """It can still be streamed, which knows more layouts; unsloth makes a linear layer of each expert."""
     with pytest.raises(subject.CannotLoad, match=r"lacks or misshapes 8 weights, such as model.layers.0.mlp.experts"):
-        subject.load_model(DATA / "unsloth", Settings(device="cpu"))
+        ask(DATA / "unsloth", Settings(device="cpu"))
