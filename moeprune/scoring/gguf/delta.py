@@ -46,6 +46,8 @@ def _qwen3_next(facts: Facts) -> dict[str, Any]:
 def _qwen35(facts: Facts) -> dict[str, Any]:
     found, key = _qwen(facts), "rope.dimension_sections"
     sections = [size for size in facts.each(key) if size] or facts[key]  # which says that it is missing
+    if not isinstance(sections, list) or len(sections) != 3:
+        raise facts.damaged(f"{key} = {sections}")
     return found | {
         "rope_parameters": found["rope_parameters"] | {"mrope_section": sections, "mrope_interleaved": True}
     }

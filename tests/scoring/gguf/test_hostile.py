@@ -168,6 +168,7 @@ OTHERS = {
     "mimo_v2_flash": ({"attention.head_count_kv": [2, 2, 2]}, "have not twice the heads"),
     "mellum": ({"rope.freq_base_swa": 9.0}, "rotations of two bases"),
     "cohere2_moe": ({"expert_weights_scale": 2.5}, "its router weighs experts"),
+    "qwen3_5_moe_text": ({"rope.dimension_sections": [1, 2]}, r"dimension_sections = \[1, 2\], which cannot be"),
     "granitemoe_swa": ({"attention.sliding_window_pattern": 4}, "has no list"),
 }
 
