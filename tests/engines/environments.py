@@ -88,7 +88,7 @@ def install_llama_cpp(python: Path) -> None:
 
 def install_mlx(python: Path) -> None:
     """MLX for processors, which Linux has too."""
-    call(python, "-m", "pip", "install", "-q", "mlx[cpu]", "mlx-lm")
+    call(python, "-m", "pip", "install", "-q", "mlx[cpu]", "mlx-lm", "mlx-vlm")
 
 
 INSTALL: dict[str, Callable[[Path], None]] = {"vllm": install_vllm, "llama.cpp": install_llama_cpp, "mlx": install_mlx}

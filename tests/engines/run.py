@@ -24,6 +24,7 @@ DEMO = PROJECT / "demo" / "model"
 PROMPTS = ["12+30=", "2 + 2 =", "The capital of France is", "binary of 5:"]
 SAME = 1e-4  # in log probabilities, when both sides compute in float32, or the same engine in the same numbers
 NEAR = 0.005  # of the largest logit; llama.cpp keeps keys and values in 16 bits
+SAME_SUMS = 1e-6  # of the largest
 
 Outcome = tuple[str, bool | None, str]  # what was tried, whether it was right (None: not possible here), what was seen
 Numbers = list[list[float]]  # of every token, for each prompt
@@ -132,6 +133,16 @@ def try_mlx() -> Iterator[Outcome]:
                  "--q-mode", mode, *flags)  # fmt: skip
         child = cut(parent, f"demo-mlx-{mode}-cut", "--other-scores")
         yield same_answers(f"mlx: demo model, {mode}", ask("mlx", parent), ask("mlx", child))
+    folder = WORK / "mlx"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    call(sys.executable, HERE / "mlx_families.py", "make", folder)
+    refused = last_json(call(python_of("mlx"), HERE / "to_mlx.py", folder))
+    apart = last_json(call(sys.executable, HERE / "mlx_families.py", "compare", folder))
+    for name, why in refused.items():
+        worst = why or apart[name]
+        seen = worst if isinstance(worst, str) else f"sums within {worst:.0e} of the original's"
+        yield f"mlx: {name}, random, scored", not isinstance(worst, str) and worst < SAME_SUMS, seen
 
 
 ENGINES = {"vllm": try_vllm, "llama.cpp": try_llama_cpp, "mlx": try_mlx}
