@@ -1,4 +1,4 @@
-"""GGUF architectures with attention and experts in every layer, and a softmax or sigmoid router of no groups."""
+"""GGUF architectures with attention in every layer, and a softmax or sigmoid router of no groups."""
 
 from __future__ import annotations
 

@@ -6,11 +6,10 @@ from typing import Any
 
 from moeprune.errors import InputError
 from moeprune.scoring.gguf import deepseek4
-from moeprune.scoring.gguf.facts import INSTEAD, Facts, layer_types, rope, rotating_part, shortest
+from moeprune.scoring.gguf.facts import INSTEAD, SIGMOID, Facts, layer_types, rope, rotating_part, shortest
 from moeprune.scoring.gguf.model import AFTER, LATENT, Model, feed_forward, shared_expert
 from moeprune.scoring.gguf.turns import Made, less_one, one_after_another, row
 
-SIGMOID = 2  # expert_gating_func
 UNNORMED = 128  # experts of the one Llama 4 whose queries and keys have no norm; a file says it in no other way
 
 
