@@ -15,10 +15,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moeprune.checkpoint.headers import Tensor
+from moeprune.checkpoint.series import Series, check_complete
 from moeprune.errors import InputError
 
 TOWER = re.compile(r"vision|visual|audio|image|speech|talker|code2wav|(^|\.)vit(\.|$)")
@@ -77,16 +78,6 @@ class Block:
     role: str  # trunk | mtp | attention | vision
     experts: int
     parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """The tensors of single experts of one module whose names differ in the expert's number alone."""
-
-    module: str
-    chunk: bool  # each serves several neighbours
-    around: tuple[str, str]  # the number
-    numbers: dict[str, int] = field(default_factory=dict)  # name -> number
 
 
 @dataclass(frozen=True)
@@ -174,7 +165,7 @@ def _block(module: str, tensors: Sequence[Tensor], series: Sequence[Series], hin
     experts = _count_experts(module, tensors, series, hints)
     if experts < 1:
         raise InputError(f"{module}* looks like experts, but neither shapes nor config.json say how many there are")
-    _check_complete(series, experts * (2 if hints.two_kinds else 1))
+    check_complete(series, experts * (2 if hints.two_kinds else 1), tensors)
     numbered = {name: one for one in series for name in one.numbers}
     runs = {number for one in series if one.chunk for number in one.numbers.values()}
     parts = []
@@ -296,15 +287,6 @@ def _refuse_unknown(tensor: Tensor, experts: int, hints: Hints) -> None:
             f"{tensor.name} {list(tensor.shape)} lies among experts and has a size of {experts}, but is not known; "
             "add it to ROUTER or SHARED in moeprune/checkpoint/structure.py"
         )
-
-
-def _check_complete(series: Iterable[Series], experts: int) -> None:
-    """Every expert must own the same tensors; a hole would become a wrong number after the cut."""
-    for one in series:
-        missing = set(range(experts)).difference(one.numbers.values())
-        if missing and not one.chunk:
-            tail = one.around[1].lstrip(".")
-            raise InputError(f"{one.module}experts: expert {min(missing)} has no tensor {tail}; fetch the model again")
 
 
 def _role(layer: str, depth: int) -> str:

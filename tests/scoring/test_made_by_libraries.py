@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
+from moeprune.errors import InputError
 from moeprune.scoring.dequantize import Lazy, read_tensor, recipes
 from tests import tiny
 from tests.data.make import FOLDER, MAKERS, digest
@@ -95,3 +97,33 @@ def test_parent_and_child_are_scored_as_their_values(name: str, tmp_path: Path) 
             assert a.values["norm_sum"].any()
             for key, array in a.values.items():
                 np.testing.assert_array_equal(array, b.values[key], err_msg=f"{a.block} {key}")
+
+
+@pytest.mark.parametrize("name", ["ct_int4", "ct_fp8", "awq", "gptq"])
+def test_an_expert_may_be_left_plain_in_part(name: str, tmp_path: Path) -> None:
+    """As libraries leave the matrices that suffer most: cut, and scored as its values."""
+    folder = shutil.copytree(FOLDER / name, tmp_path / "mixed", ignore=shutil.ignore_patterns("made.json"))
+    matrix = "model.layers.0.mlp.experts.1.up_proj"
+    value = plain(FOLDER / name, torch.bfloat16)[f"{matrix}.weight"]
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.startswith(f"{matrix}.")}
+    save_file(tensors | {f"{matrix}.weight": value.contiguous()}, folder / "model.safetensors", {"format": "pt"})
+    keep = {f"model.layers.{layer}": [1, 2, 3] for layer in range(2)}
+    child = cutting.cut(folder, keep)
+    before, after = plain(folder, torch.float32), plain(child, torch.float32)
+    for new, old in enumerate(keep["model.layers.0"]):
+        for kind in ("gate", "up", "down"):
+            found = after[f"model.layers.0.mlp.experts.{new}.{kind}_proj.weight"]
+            assert torch.equal(found, before[f"model.layers.0.mlp.experts.{old}.{kind}_proj.weight"])
+    data = streamed.batches(count=1, vocabulary=60)
+    found, expected = (streamed.score(path, data, tmp_path).blocks[0].values for path in (folder, FOLDER / name))
+    np.testing.assert_allclose(found["norm_sum"], expected["norm_sum"], rtol=0.02)
+
+
+@pytest.mark.parametrize("lost", ["weight_scale", "weight"])
+def test_half_of_a_quantized_matrix_is_a_hole(lost: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(FOLDER / "ct_fp8", tmp_path / "hole")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.layers.0.mlp.experts.1.up_proj.{lost}"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"expert 1 has no tensor up_proj.{lost}"):
+        understand(open_checkpoint(folder))
