@@ -31,7 +31,7 @@ Around the steps:
   build    build the container image
   shell    open a shell where the steps run
   check    linters, types and all tests
-  engines  vLLM, llama.cpp and MLX load a cut model and answer (environments of their own, several GB)
+  engines  vLLM, llama.cpp, MLX and quantization libraries load cut models and answer (several GB)
   help     this text
 
 Where a step runs: --docker, --native, or REAP_RUNTIME=docker|native|auto. auto (the default) takes Docker when it

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Callable
 from email import message_from_bytes
@@ -91,4 +92,19 @@ def install_mlx(python: Path) -> None:
     call(python, "-m", "pip", "install", "-q", "mlx[cpu]", "mlx-lm", "mlx-vlm")
 
 
-INSTALL: dict[str, Callable[[Path], None]] = {"vllm": install_vllm, "llama.cpp": install_llama_cpp, "mlx": install_mlx}
+def install_libraries(python: Path) -> None:
+    """On top of the packages of this project; gptqmodel wants a torch that is no newer in what it needs here."""
+    inside = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    (Path(inside) / "project.pth").write_text(sysconfig.get_path("purelib"))
+    pip = (python, "-m", "pip", "install", "-q")
+    call(*pip, "--no-deps", "gptqmodel==7.7.0", "auto-round==0.16.1", "compressed-tensors==0.20.0", "torchao==0.18.0")
+    call(*pip, "--no-deps", "device-smi", "pypcre", "tokenicer", "logbar", "defuser", "dill", "threadpoolctl")
+    call(*pip, "py-cpuinfo", "pydantic")
+
+
+INSTALL: dict[str, Callable[[Path], None]] = {
+    "vllm": install_vllm,
+    "llama.cpp": install_llama_cpp,
+    "mlx": install_mlx,
+    "libraries": install_libraries,
+}

@@ -30,6 +30,10 @@ FAMILIES = {
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "glm4_moe": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "flex_olmo": {},
+    "exaone_moe": {},
+    "qwen2_moe": {},
 }
 
 

@@ -1,8 +1,8 @@
-"""Real serving engines load what the cut wrote, and answer: vLLM, llama.cpp and MLX, each in an environment of its own.
+"""Real serving engines load what the cut wrote, and answer: vLLM, llama.cpp, MLX, and the libraries that quantize.
 
-    ./run.sh engines [vllm] [llama.cpp] [mlx]
+    ./run.sh engines [vllm] [llama.cpp] [mlx] [libraries]
 
-It makes the environments in .engines/ (several GB, minutes;
+It makes an environment for each in .engines/ (several GB, minutes;
 later runs skip that), cuts models in the form that each engine reads, and compares answers. Not part of
 `./run.sh check`: too heavy for every change. Exit status 1 when an engine does not load or answers something else.
 """
@@ -145,7 +145,17 @@ def try_mlx() -> Iterator[Outcome]:
         yield f"mlx: {name}, random, scored", not isinstance(worst, str) and worst < SAME_SUMS, seen
 
 
-ENGINES = {"vllm": try_vllm, "llama.cpp": try_llama_cpp, "mlx": try_mlx}
+def try_libraries() -> Iterator[Outcome]:
+    """By the quantization libraries: the cut computes what the parent does without the dropped experts."""
+    jobs, path = last_json(call(sys.executable, HERE / "libraries.py", WORK / "libraries")), WORK / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    for job, seen in zip(jobs, last_json(call(python_of("libraries"), HERE / "ask_libraries.py", path)), strict=True):
+        off, moved = apart(seen["masked"], seen["cut"]), apart(seen["masked"], seen["whole"])
+        what = f"libraries: {Path(job['parent']).parent.name}, random, cut"
+        yield what, off < SAME < moved, f"within {off:.1e} of the masked parent, which is {moved:.1f} off the whole"
+
+
+ENGINES = {"vllm": try_vllm, "llama.cpp": try_llama_cpp, "mlx": try_mlx, "libraries": try_libraries}
 MARKS = {True: "ok  ", False: "FAIL", None: "--  "}
 
 
