@@ -58,9 +58,9 @@ def score(settings: Settings, checkpoint: Checkpoint, layout: Layout, made_from:
     """The whole result as JSON. torch and transformers are imported from here on."""
     console.say(f"model: {describe(checkpoint, layout)}")
     check_wishes(settings, Model.of(layout))
-    from moeprune.scoring import mlx
     from moeprune.scoring.building import read_config
     from moeprune.scoring.calibration.load import load_calibration
+    from moeprune.scoring.formats import mlx
     from moeprune.scoring.run import load_tokenizer, score_experts
 
     tokenizer = load_tokenizer(checkpoint.place, settings)

@@ -24,9 +24,9 @@ from moeprune.checking.samples import Batch
 from moeprune.checkpoint.folder import Checkpoint, open_checkpoint
 from moeprune.errors import InputError
 from moeprune.scoring.building import DTYPES, build, pick_device
-from moeprune.scoring.dequantize import DTYPES as STORED
+from moeprune.scoring.formats.dequantize import DTYPES as STORED
+from moeprune.scoring.formats.mlx import is_mlx
 from moeprune.scoring.loading import OUTSIDE
-from moeprune.scoring.mlx import is_mlx
 from moeprune.scoring.streaming import LayerStream
 from moeprune.settings import Settings
 

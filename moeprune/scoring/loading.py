@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import InputError
-from moeprune.scoring import mlx
-from moeprune.scoring.dequantize import Lazy, Recipe, read_tensor, recipes
+from moeprune.scoring.formats import mlx
+from moeprune.scoring.formats.dequantize import Lazy, Recipe, read_tensor, recipes
 from moeprune.scoring.gguf import weights as gguf_weights
 from moeprune.scoring.placing import StraightReader, ways
 

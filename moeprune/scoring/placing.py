@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 from moeprune.checkpoint.folder import Checkpoint, Tensor
 from moeprune.errors import InputError
-from moeprune.scoring.dequantize import DTYPES, Recipe, read_tensor
+from moeprune.scoring.formats.dequantize import DTYPES, Recipe, read_tensor
 
 Pieces = list[torch.Tensor]
 # The inverse of an operation: pieces of its result, and how many kinds of tensors went in -> pieces of what went in.

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.errors import OUT_OF_MEMORY, InputError, reason
-from moeprune.scoring.dequantize import Recipe, Stored
+from moeprune.scoring.formats.dequantize import Recipe, Stored
 from moeprune.scoring.gguf.facts import INSTEAD, Facts, common
 from moeprune.scoring.gguf.model import LEAVES, OUTSIDE, Model
 from moeprune.scoring.gguf.table import REFUSED, TABLE

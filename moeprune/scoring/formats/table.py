@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moeprune.scoring import decoding, torchao, vptq
-from moeprune.scoring.decoding import Make, Quantization, Stored
+from moeprune.scoring.formats import decoding, torchao, vptq
+from moeprune.scoring.formats.decoding import Make, Quantization, Stored
 
 
 @dataclass(frozen=True, slots=True)

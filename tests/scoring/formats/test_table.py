@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers.integrations import bitnet, gemma_quant, metal_quantization
 
 from moeprune.errors import InputError
-from moeprune.scoring import unpack
-from tests.scoring.test_dequantize import bytes_, nibbles, pack, plain, same
+from moeprune.scoring.formats import unpack
+from tests.scoring.formats.test_dequantize import bytes_, nibbles, pack, plain, same
 
 
 def test_int4_of_modelopt(tmp_path):
@@ -158,7 +158,7 @@ def torchao(folder, kind, data, stored):
 
 @pytest.mark.parametrize("name", AO)
 def test_torchao(tmp_path, name):
-    from tests.scoring.test_made_by_libraries import plain as opened
+    from tests.scoring.formats.test_made_by_libraries import plain as opened
 
     _, weight, scale = AO[name]
     value, packed = nibbles(8, 64) if weight is None else (weight.float(), weight)
@@ -177,7 +177,7 @@ def test_torchao(tmp_path, name):
 
 def ao_decoded(folder, kind, data, stored):
     """What becomes of one tensor of torchao."""
-    from tests.scoring.test_made_by_libraries import plain as opened
+    from tests.scoring.formats.test_made_by_libraries import plain as opened
 
     torchao(folder, kind, data, stored)
     return opened(folder, torch.float32)["m.weight"]

@@ -18,11 +18,11 @@ from moeprune.checkpoint import gguf
 from moeprune.checkpoint.folder import Checkpoint, Tensor
 from moeprune.checkpoint.formats import check_scorable, quantization_of
 from moeprune.errors import InputError
-from moeprune.scoring import torchao
-from moeprune.scoring.decoding import Quantization
-from moeprune.scoring.number_formats import TABLE, Format
-from moeprune.scoring.rearranged import rearranged
-from moeprune.scoring.recipe import Make, Recipe, Stored
+from moeprune.scoring.formats import torchao
+from moeprune.scoring.formats.decoding import Quantization
+from moeprune.scoring.formats.rearranged import rearranged
+from moeprune.scoring.formats.recipe import Make, Recipe, Stored
+from moeprune.scoring.formats.table import TABLE, Format
 
 __all__ = ["Lazy", "Make", "Recipe", "Stored", "read_tensor", "recipes"]
 
@@ -97,7 +97,7 @@ def _stored(name: str, checkpoint: Checkpoint) -> Recipe:
     def refuse(_stored: Stored, _dtype: torch.dtype) -> torch.Tensor:
         raise InputError(
             f"{name} {list(tensor.shape)} is stored as {tensor.dtype} in a way that is not known; add its format to "
-            "TABLE in moeprune/scoring/number_formats.py"
+            "TABLE in moeprune/scoring/formats/table.py"
         )
 
     return Recipe({"": name}, refuse)

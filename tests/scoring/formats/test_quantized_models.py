@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.scoring import streamed
-from tests.scoring.test_dequantize import nibbles, pack
+from tests.scoring.formats.test_dequantize import nibbles, pack
 
 Tensors = dict[str, torch.Tensor]
 Both = tuple[Tensors, torch.Tensor]  # what is stored in place of a weight, and what it stands for

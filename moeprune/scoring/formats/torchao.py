@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from moeprune.errors import InputError
-from moeprune.scoring import decoding, unpack
-from moeprune.scoring.decoding import Make, Quantization, Stored
+from moeprune.scoring.formats import decoding, unpack
+from moeprune.scoring.formats.decoding import Make, Quantization, Stored
 
 
 def plain_name(stem: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from moeprune.errors import InputError
-from moeprune.scoring import unpack
-from moeprune.scoring.decoding import Quantization, Stored
+from moeprune.scoring.formats import unpack
+from moeprune.scoring.formats.decoding import Quantization, Stored
 
 # The first of two numbers is of outliers.
 SAID = (

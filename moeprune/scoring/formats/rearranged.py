@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from moeprune.checkpoint.folder import Checkpoint
-from moeprune.scoring import mlx
-from moeprune.scoring.recipe import Recipe, changed, together
+from moeprune.scoring.formats import mlx
+from moeprune.scoring.formats.recipe import Recipe, changed, together
 
 Recipes = Mapping[str, Recipe]
 Rule = Callable[[Recipes, Checkpoint], Recipes]

@@ -19,7 +19,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moeprune.checkpoint.folder import open_checkpoint
-from moeprune.scoring.dequantize import Lazy, read_tensor, recipes
+from moeprune.scoring.formats.dequantize import Lazy, read_tensor, recipes
 
 FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from moeprune.checkpoint.families import understand
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import InputError
-from moeprune.scoring.dequantize import Lazy, read_tensor, recipes
+from moeprune.scoring.formats.dequantize import Lazy, read_tensor, recipes
 from tests import tiny
 from tests.data.make import FOLDER, MAKERS, digest
 from tests.pruning import cutting

@@ -17,7 +17,7 @@ from moeprune.checkpoint.families import scopes
 from moeprune.checkpoint.folder import Checkpoint
 from moeprune.checkpoint.structure import is_tower
 from moeprune.errors import InputError
-from moeprune.scoring.recipe import Recipe, changed, one_row, together
+from moeprune.scoring.formats.recipe import Recipe, changed, one_row, together
 
 Recipes = Mapping[str, Recipe]
 
@@ -53,8 +53,8 @@ FOLDED = {
     "diffusion_gemma": "the half that reads is not in it",
 }
 UNKNOWN = (
-    "MLX lays this family out in a way that is not known: add it to a table in moeprune/scoring/mlx.py, or score the "
-    "original checkpoint and cut this one with its scores (--other-scores)"
+    "MLX lays this family out in a way that is not known: add it to a table in moeprune/scoring/formats/mlx.py, or "
+    "score the original checkpoint and cut this one with its scores (--other-scores)"
 )
 # Where transformers itself has the language model under the name that MLX puts around all of them.
 SAME_NAMES = {"llama4"}

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from moeprune.checkpoint.folder import open_checkpoint
 from moeprune.errors import InputError
-from moeprune.scoring import mlx
 from moeprune.scoring.building import read_config
 from moeprune.scoring.calibration.images import takes_images
+from moeprune.scoring.formats import mlx
 from moeprune.settings import Settings
 from tests import tiny
 from tests.scoring import streamed
@@ -155,6 +155,6 @@ def test_what_lies_there_in_an_unknown_way_is_named(tmp_path: Path) -> None:
     other = {name.replace("q_proj", "query"): tensor for name, tensor in tensors.items()}
     folder = written(tmp_path, tiny.read_config(parent), other)
     with pytest.raises(
-        InputError, match=r"no tensor for \S+q_proj.weight .* add it to a table in moeprune/scoring/mlx.py"
+        InputError, match=r"no tensor for \S+q_proj.weight .* add it to a table in moeprune/scoring/formats/mlx.py"
     ):
         streamed.score(folder, streamed.batches(count=1, length=4), tmp_path)

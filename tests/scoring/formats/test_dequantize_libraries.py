@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.scoring.test_dequantize import plain, same
+from tests.scoring.formats.test_dequantize import plain, same
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

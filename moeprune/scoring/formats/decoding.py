@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moeprune.errors import InputError
-from moeprune.scoring import unpack
+from moeprune.scoring.formats import unpack
 
 Stored = Mapping[str, torch.Tensor]  # ending of the name -> tensor
 Quantization = Mapping[str, Any]
@@ -222,7 +222,9 @@ def hqq(stored: Stored, _quantization: Quantization) -> torch.Tensor:
     """HQQ: groups as rows (or columns) of a grid of its own, which is packed share over share."""
     packing = re.fullmatch(r"(\d)bit_u?(8|32)", bytes(stored["packing"].cpu().numpy()).decode(errors="replace"))
     if packing is None:
-        raise InputError("HQQ packed this weight in a way that is not known; add it to moeprune/scoring/decoding.py")
+        raise InputError(
+            "HQQ packed this weight in a way that is not known; add it to moeprune/scoring/formats/decoding.py"
+        )
     packed, shape = stored["W_q"], stored["shape"].tolist()
     if packed.is_floating_point():
         packed = packed.view(torch.int32 if packing[2] == "32" else torch.uint8)

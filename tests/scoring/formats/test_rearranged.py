@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from moeprune.checkpoint.folder import open_checkpoint
-from moeprune.scoring.dequantize import recipes
-from tests.scoring.test_made_by_libraries import plain
+from moeprune.scoring.formats.dequantize import recipes
+from tests.scoring.formats.test_made_by_libraries import plain
 
 LAYER, E, H, INNER = "model.layers.0", 3, 4, 6
 
