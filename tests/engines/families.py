@@ -34,6 +34,7 @@ FAMILIES = {
     "flex_olmo": {},
     "exaone_moe": {},
     "qwen2_moe": {},
+    "granitemoe": {},
 }
 
 
