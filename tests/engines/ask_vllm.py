@@ -38,8 +38,8 @@ def answers(
         outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
         return [output.outputs[0].text for output in outputs]
     every = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, detokenize=False)
-    outputs = engine.generate([{"prompt_token_ids": tokens} for tokens in prompts], every, use_tqdm=False)
-    tables = [output.outputs[0].logprobs[0] for output in outputs]
+    alone = [engine.generate({"prompt_token_ids": tokens}, every, use_tqdm=False)[0] for tokens in prompts]
+    tables = [output.outputs[0].logprobs[0] for output in alone]  # prompts that run together round otherwise
     return [[table[token].logprob for token in range(len(table))] for table in tables]
 
 

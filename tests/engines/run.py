@@ -24,6 +24,7 @@ DEMO = PROJECT / "demo" / "model"
 PROMPTS = ["12+30=", "2 + 2 =", "The capital of France is", "binary of 5:"]
 SAME = 1e-4  # in log probabilities, when both sides compute in float32, or the same engine in the same numbers
 NEAR = 0.005  # of the largest logit; llama.cpp keeps keys and values in 16 bits
+ROUNDED = 0.1  # the same in bfloat16: vLLM's GPTQ experts come out up to 0.04 apart, at times not at all
 SAME_SUMS = 1e-6  # of the largest
 
 Outcome = tuple[str, bool | None, str]  # what was tried, whether it was right (None: not possible here), what was seen
@@ -96,7 +97,11 @@ def vllm_formats() -> Iterator[Outcome]:
             yield what, False, child
         else:
             off, moved = apart(masked, child), apart(masked, whole)
-            yield what, off < SAME < moved, f"within {off:.1e} of the masked parent, which is {moved:.1f} off the whole"
+            yield (
+                what,
+                off < ROUNDED < moved,
+                f"within {off:.1e} of the masked parent, which is {moved:.1f} off the whole",
+            )
 
 
 def ask(engine: str, model: Path) -> list[str]:
